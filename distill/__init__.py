@@ -1,0 +1,1 @@
+"""Knowledge distillation for image classifiers."""

@@ -1,0 +1,85 @@
+"""Every error a user can meet, and the exit status the command line gives it.
+
+* DistillError                     1  a cause the user can mend
+  + DivergedError (RuntimeError)   1  the loss or a gradient stopped being finite
+  + RecipeError (ValueError)       2  the recipe or the command line is wrong
+  + IncompatibleError (ValueError) 2  valid parts that cannot work together
+  + IdentityError (ValueError)     4  what lies on disk was made from something else
+  + DamagedError (RuntimeError)    5  a file is not what was written: no checkpoint is usable
+  + PreflightError (OSError)       6  disk, permission, data or a lock stands in the way
+  + Stopped                   75/130  asked to stop by a signal; the same command goes on
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import ClassVar
+
+
+class DistillError(Exception):
+    """An error with a cause the user can mend.
+
+    Attributes:
+        hint: What to do about it, one sentence or a command to run; may be empty.
+        exit_status: What the command line exits with.
+    """
+
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class DivergedError(DistillError, RuntimeError):
+    """The loss or a gradient stopped being finite."""
+
+
+class RecipeError(DistillError, ValueError):
+    """The recipe or the command line is wrong. One error lists every problem found."""
+
+    exit_status = 2
+
+
+class IncompatibleError(DistillError, ValueError):
+    """Two parts are each valid but cannot work together."""
+
+    exit_status = 2
+
+
+class IdentityError(DistillError, ValueError):
+    """What lies on disk was made from another recipe, teacher or data set. Nothing was written."""
+
+    exit_status = 4
+
+
+class DamagedError(DistillError, RuntimeError):
+    """A file is not what was written, and no older copy of it is whole."""
+
+    exit_status = 5
+
+
+class PreflightError(DistillError, OSError):
+    """The machine or the data are not ready: missing files, no room, no permission, a lock held."""
+
+    exit_status = 6
+
+    def __str__(self) -> str:  # OSError would print its arguments as an errno
+        return str(self.args[0])
+
+
+class Stopped(DistillError):
+    """A signal asked the run to stop; it saved and can go on.
+
+    Attributes:
+        signum: The signal.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", signum: int) -> None:
+        super().__init__(message, hint=hint)
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:  # type: ignore[override]
+        """130 for Ctrl-C, as shells do; 75 ("try again later") for every other signal."""
+        return 130 if self.signum == signal.SIGINT else 75

@@ -1,0 +1,62 @@
+"""Scalars that change over a run: loss weights and learning-rate factors."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+
+from distill.component import Fraction
+
+
+class Ramp(BaseModel):
+    """From `start` to `end` while progress goes from `begin` to `until`; constant outside.
+
+    A warm-up is `{start: 0, end: 1, until: 0.1}`; a decay to a floor is `{start: 0.9, end: 0.2}`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    start: float
+    end: float
+    shape: Literal["linear", "cosine"] = "linear"
+    begin: Fraction = 0.0
+    until: Fraction = 1.0
+
+
+Schedule = Annotated[
+    Annotated[float, Tag("number")] | Annotated[Ramp, Tag("ramp")],
+    Discriminator(lambda v: "ramp" if isinstance(v, dict | Ramp) else "number"),
+]
+
+
+def value(schedule: Schedule, progress: float) -> float:
+    """The scalar at `progress`, the finished fraction of the run in [0, 1].
+
+    With t the fraction of the way from `begin` to `until`: linear is start + (end − start)·t,
+    cosine is start + (end − start)·(1 − cos πt)/2.
+    """
+    if not isinstance(schedule, Ramp):
+        return float(schedule)
+    span = max(schedule.until - schedule.begin, 1e-12)
+    t = min(max((progress - schedule.begin) / span, 0.0), 1.0)
+    if schedule.shape == "cosine":
+        t = (1 - math.cos(math.pi * t)) / 2
+    return schedule.start + (schedule.end - schedule.start) * t
+
+
+def learning_rate(progress: float, *, warmup: float, shape: str) -> float:
+    """The factor on the learning rate at `progress`, in [0, 1].
+
+    Args:
+        progress: Finished fraction of the run in [0, 1].
+        warmup: Fraction of the run that rises linearly from 0 to 1.
+        shape: Fall after the warm-up: "cosine" or "linear" to 0, or "constant".
+    """
+    if progress < warmup:
+        return progress / warmup
+    if shape == "constant":
+        return 1.0
+    fall = Ramp(start=1.0, end=0.0, shape="cosine" if shape == "cosine" else "linear", begin=warmup)
+    return value(fall, progress)

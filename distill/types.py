@@ -1,0 +1,35 @@
+"""What flows through a run.
+
+All are NamedTuples of tensors: DDP, `torch.compile` and pytrees take them as they are.
+Axes: B samples, C channels, H W grid, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Training samples, with the key under which a cache would know them."""
+
+    images: Float[Tensor, "B 3 H W"]  # in [0, 1]
+    labels: Float[Tensor, "B K"]  # probabilities: one-hot, or mixed
+    ids: Int[Tensor, " B"]  # position in the training split
+    views: Int[Tensor, " B"]  # which augmented view of that sample
+
+
+class Outputs(NamedTuple):
+    """What a network says of a batch. The same type for student and teacher."""
+
+    logits: Float[Tensor, "B K"]
+
+
+class Losses(NamedTuple):
+    """The objective's value, its unweighted parts, and the logits they were computed from."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, ""]]
+    logits: Float[Tensor, "B K"]

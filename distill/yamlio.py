@@ -1,0 +1,120 @@
+"""YAML as people expect it: 1e-3 is a number, `no` is a word, a key stands once."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+Path = tuple[str | int, ...]
+
+MAX_CHARACTERS = 1_000_000
+MAX_NODES = 10_000  # a recipe has hundreds; an alias bomb has billions
+
+
+class YamlError(ValueError):
+    """A text that is not the YAML we accept.
+
+    Attributes:
+        problems: (line, what is wrong) for every fault found; lines count from 1.
+    """
+
+    def __init__(self, problems: list[tuple[int, str]]) -> None:
+        super().__init__("; ".join(f"line {line}: {what}" for line, what in problems))
+        self.problems = problems
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the YAML 1.2 core scalars (PyYAML's own are YAML 1.1)."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (PyYAML's own name)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"^(?:null|Null|NULL|~|)$", ["n", "N", "~", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
+def load(text: str) -> tuple[Any, dict[Path, int]]:
+    """Parse `text`; return the data and the 1-based line on which each key stands.
+
+    Raises:
+        YamlError: On a syntax error, repeated keys, or a text too large to be a recipe.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise YamlError([(1, f"{len(text):,} characters; a recipe has at most {MAX_CHARACTERS:,}")])
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        lines: dict[Path, int] = {}
+        if node is None:
+            return {}, lines
+        problems: list[tuple[int, str]] = []
+        _walk(node, (), lines, problems)
+        if problems:
+            raise YamlError(problems)
+        return loader.construct_document(node), lines
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError([(line, f"character {error.character!r} is not allowed in YAML")]) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise YamlError([(mark.line + 1 if mark else 1, str(error.problem))]) from None
+    except RecursionError:
+        raise YamlError([(1, "nested too deeply")]) from None
+
+
+def dump(data: Any) -> str:
+    """`data` as YAML that `load` reads back, keys in their own order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper whose strings are quoted by YAML 1.2's rules and whose floats `load` reads back."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+
+
+_Dumper.add_representer(float, _represent_float)
+
+
+def _walk(
+    node: yaml.Node, path: Path, lines: dict[Path, int], problems: list[tuple[int, str]]
+) -> None:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if len(lines) > MAX_NODES:
+        raise YamlError([(1, f"more than {MAX_NODES:,} values")])
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                problems.append((line, "a key must be a single word"))
+                continue
+            here = (*path, key.value)
+            if here in lines:
+                first = f"first on line {lines[here]}"
+                problems.append((line, f"{key.value}: the key stands twice, {first}"))
+                continue
+            lines[here] = line
+            _walk(value, here, lines, problems)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _walk(value, (*path, i), lines, problems)
