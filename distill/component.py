@@ -142,7 +142,7 @@ def check(keys: type[BaseModel], arguments: Any) -> list[tuple[Location, str]]:
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean 'x'?" for the known name nearest to `name`, or the list of them all."""
+    """A clause that names the known name nearest to `name`, or lists them all."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
@@ -156,7 +156,7 @@ def _place(error: ErrorDetails, data: Any) -> Location:
         inside = part in data if isinstance(data, dict) else isinstance(part, int)
         if inside and isinstance(data, dict | list):
             place.append(part)
-            data = data[part]
+            data = data[part]  # type: ignore[index]
         elif error["type"] == "missing" and part == error["loc"][-1]:
             place.append(part)
     return tuple(place)

@@ -68,7 +68,7 @@ class PreflightError(DistillError, OSError):
         return str(self.args[0])
 
 
-class Stopped(DistillError):
+class Stopped(DistillError):  # noqa: N818 (a request that was met, not an error)
     """A signal asked the run to stop; it saved and can go on.
 
     Attributes:

@@ -173,15 +173,16 @@ class Recipe(Section):
             _override(data, where, text)
         problems = [*component.check(cls, data), *_component_problems(data, ())]
         if not problems:
+            _spell_out(data)
             recipe = cls.model_validate(data)
             problems = list(_contradictions(recipe, ()))
         if problems:
             raise RecipeError("\n".join(_line(place, what, where) for place, what in problems))
         return recipe
 
-    def write(self, path: Path) -> None:
-        """Write the complete recipe, every default spelled out, as YAML that `load` reads."""
-        path.write_text(yamlio.dump(self.model_dump()), encoding="utf-8")
+    def to_yaml(self) -> str:
+        """The complete recipe, every default spelled out, as text that `load` reads."""
+        return yamlio.dump(self.model_dump())
 
     def identity(self) -> dict[str, Any]:
         """All that decides the result, as plain data: the recipe without places on disk."""
@@ -206,7 +207,7 @@ class Recipe(Section):
             for spec in self.objective
             if not _needs_teacher(spec.term)
         ]
-        alone = labels[:1] or [TermSpec(term="ce")]
+        alone = labels[:1] or [TermSpec(term="ce", name=None)]
         return self.model_copy(update={"teachers": [], "objective": alone})
 
 
@@ -228,6 +229,9 @@ def json_schema() -> dict[str, Any]:
     definitions["Augmentation"] = {"anyOf": [{"type": "string"}, definitions["Augmentation"]]}
     return schema
 
+
+# The section whose keys stand beside a component's own, by the key that names the component.
+_SECTIONS: dict[str, type[Component]] = {"name": Augmentation, "model": Teacher, "term": TermSpec}
 
 # Section of the recipe, the key that names the component, the package that holds it.
 _COMPONENTS = (
@@ -311,7 +315,7 @@ def _component_problems(data: Any, at: Location) -> Iterator[tuple[Location, str
                 f"unknown {key} {name!r}" + component.suggestion(name, sorted(known)),
             )
             continue
-        declared = {"model": Teacher, "term": TermSpec, "name": Augmentation}[key].model_fields
+        declared = _SECTIONS[key].model_fields
         own = {k: v for k, v in spec.items() if k not in declared}
         for below, what in component.check(known[name].keys, own):
             yield (*at, *place, *below), what
@@ -319,6 +323,19 @@ def _component_problems(data: Any, at: Location) -> Iterator[tuple[Location, str
     for i, spec in enumerate(teachers if isinstance(teachers, list) else ()):
         if isinstance(spec, dict) and isinstance(spec.get("recipe"), dict):
             yield from _component_problems(spec["recipe"], (*at, "teachers", i, "recipe"))
+
+
+def _spell_out(data: Any) -> None:
+    """Write the defaults of every built-in component's arguments into data that is right."""
+    augment = data["data"].get("augment", [])
+    augment[:] = [{"name": spec} if isinstance(spec, str) else spec for spec in augment]
+    for _, spec, key, package in _component_specs(data):
+        if definition := component.find(package).get(spec.get(key)):
+            own = {k: v for k, v in spec.items() if k not in _SECTIONS[key].model_fields}
+            spec |= definition.keys.model_validate(own).model_dump()
+    for spec in data.get("teachers", []):
+        if isinstance(spec.get("recipe"), dict):
+            _spell_out(spec["recipe"])
 
 
 def _component_specs(data: Any) -> Iterator[tuple[Location, dict[str, Any], str, str]]:

@@ -81,7 +81,7 @@ def dump(data: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper whose strings are quoted by YAML 1.2's rules and whose floats `load` reads back."""
+    """SafeDumper that quotes strings by YAML 1.2's rules and writes floats that `load` reads."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 

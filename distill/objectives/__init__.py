@@ -46,7 +46,7 @@ class Objective(nn.Module):
         one side decides alone. None where either side has no term, or a term reads more than
         logits.
         """
-        norms = []
+        norms: list[Tensor] = []
         for needs_teacher in (True, False):
             z = logits.detach().float().requires_grad_()
             with torch.enable_grad():

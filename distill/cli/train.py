@@ -1,0 +1,119 @@
+"""`distill train`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Exit, Option
+
+from distill import console
+from distill.cli._report import print_json, reporting
+
+if TYPE_CHECKING:
+    from distill.engine.run import Result
+
+
+def train(
+    recipe: Annotated[Path, Argument(metavar="RECIPE", help="Recipe file, YAML.")],
+    out: Annotated[
+        Path | None, Option(help="Run directory.", show_default="runs/RECIPE's name")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."),
+    ] = None,
+    restart: Annotated[
+        bool, Option("--restart", help="Forget what the run directory holds; do not go on.")
+    ] = False,
+    baseline: Annotated[
+        bool,
+        Option("--baseline", help="Also train the same student without teacher; report the gain."),
+    ] = False,
+    workers: Annotated[
+        int | None, Option(min=0, help="Image-decoding processes for each training process.")
+    ] = None,
+    device_batch_size: Annotated[
+        int | None, Option(min=1, help="Most images at once on a device; gradients add up.")
+    ] = None,
+    compile: Annotated[
+        bool, Option("--compile", help="Compile student and teacher with torch.compile.")
+    ] = False,
+    checkpoint_seconds: Annotated[
+        float, Option(min=0, help="Seconds between two checkpoints.")
+    ] = 300.0,
+    as_json: Annotated[
+        bool, Option("--json", help="Print the result as one line of JSON on stdout.")
+    ] = False,
+) -> None:
+    """Train the student as RECIPE says; a run that was cut short goes on where it stopped.
+
+    Example: distill train recipes/quickstart.yaml --baseline
+    """
+    with reporting():
+        from distill.recipe import Recipe
+
+        checked = Recipe.load(recipe, overrides or [])  # every fault, before torch is loaded
+
+        from distill.engine import launch
+        from distill.engine.train import train as run
+
+        if (status := launch.spread(sys.argv[1:])) is not None:
+            raise Exit(status)
+        result = run(
+            checked,
+            out or Path("runs") / recipe.stem,
+            restart=restart,
+            baseline=baseline,
+            workers=workers,
+            device_batch_size=device_batch_size,
+            compile=compile,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+    if console.err.quiet:  # another process prints the result
+        return
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _show(result)
+
+
+def _show(result: Result) -> None:
+    """The box at the end: who is how good, at what size, and what to do next."""
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "model", "test top-1", "NLL", "parameters", "MFLOPs"):
+        table.add_column(heading, justify="left" if heading in ("", "model") else "right")
+    for teacher in result.teachers:
+        cost = f"{teacher['parameters']:,}", f"{teacher['flops'] / 1e6:,.1f}"
+        table.add_row("teacher", escape(teacher["model"]), f"{teacher['top1']:.2%}", "", *cost)
+    cost = f"{result.parameters:,}", f"{result.flops / 1e6:,.1f}"
+    name = escape(result.student)
+    table.add_row("student", name, f"[bold]{result.top1:.2%}[/]", f"{result.nll:.3f}", *cost)
+    if result.baseline is not None:
+        alone = result.baseline
+        table.add_row("  alone", name, f"{alone['top1']:.2%}", f"{alone['nll']:.3f}", *cost)
+    lines: list[str] = []
+    if result.gain is not None and result.gain_ci95 is not None:
+        low, high = (100 * end for end in result.gain_ci95)
+        lines.append(
+            f"gain from the teacher: [bold]{100 * result.gain:+.2f} points[/] "
+            f"(95 % interval over test images {low:+.2f} to {high:+.2f}; one seed)"
+        )
+    elif result.teachers:
+        lines.append("gain from the teacher: not measured; --baseline trains the student alone too")
+    lines.append(
+        f"{result.epochs} epochs, {result.steps:,} steps in {result.seconds:.1f} s, "
+        f"{result.images_per_second:,.0f} images/s"
+    )
+    run = escape(result.run)
+    from rich.console import Group
+
+    following = f"next: distill evaluate {run}\n      distill train {run}/recipe.yaml --out …"
+    console.out.print(
+        Panel(Group(table, "", *lines, "", following), title=run, title_align="left", expand=False)
+    )

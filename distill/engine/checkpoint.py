@@ -1,0 +1,144 @@
+"""Everything a run needs to go on as if it had never stopped, in one folder a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distill import storage
+from distill.errors import DamagedError, IdentityError
+
+FORMAT = 1
+KEEP = 2  # the newest, and one to fall back on should the disk damage it
+
+
+class Checkpoint(NamedTuple):
+    """The state of a run between two optimizer steps."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]  # file stem -> tensors: model, optimizer, ...
+    values: dict[str, Any]  # everything that is not a tensor, as JSON
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, identity: Mapping[str, Any]) -> None:
+    """Write the checkpoint as `folder/step-N/`, then remove all but the newest two.
+
+    Raises:
+        PreflightError: If the disk is full; older checkpoints stay as they were.
+    """
+    state = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "identity": identity,
+        "numerics": numerics(),
+        "values": checkpoint.values,
+    }
+    files = {
+        f"{stem}.safetensors": safetensors.torch.save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        )
+        for stem, tensors in checkpoint.tensors.items()
+    }
+    files["state.json"] = json.dumps(state, indent=1).encode()
+    path = folder / f"step-{checkpoint.step:08d}"
+    if not path.exists():  # a second Ctrl-C can ask for the same step twice
+        storage.write_folder(path, files)
+    for old in _newest_first(folder)[KEEP:]:
+        shutil.rmtree(old)
+
+
+def load(
+    folder: Path, *, identity: Mapping[str, Any], warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None where there is no checkpoint at all.
+
+    A damaged one is set aside as `step-N.damaged` and said aloud; the one before it is taken.
+
+    Raises:
+        DamagedError: If there are checkpoints, and none is whole.
+        IdentityError: If the checkpoint belongs to another recipe, teacher or data set.
+    """
+    found = _newest_first(folder)
+    faults = []
+    for path in found:
+        try:
+            files = storage.read_folder(path)
+            state = json.loads(files.pop("state.json"))
+            tensors = {Path(name).stem: safetensors.torch.load(b) for name, b in files.items()}
+        except (DamagedError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            faults.append(str(error))
+            warn(f"{path.name} is damaged and set aside ({error}); the one before it is taken")
+            _set_aside(path)
+            continue
+        _compare(state, identity, path)
+        if state["numerics"] != numerics():
+            changed = [k for k, v in numerics().items() if state["numerics"].get(k) != v]
+            warn(
+                f"going on with another {', '.join(changed)}: same data and order, other last bits"
+            )
+        return Checkpoint(state["step"], tensors, state["values"])
+    if faults or any(folder.glob("step-*.damaged")):
+        raise DamagedError(
+            f"{folder}: no checkpoint is whole ({'; '.join(faults) or 'all were set aside'})",
+            hint="`--restart` trains from the beginning; the damaged ones are kept beside it",
+        )
+    return None
+
+
+def numerics() -> dict[str, Any]:
+    """What decides the last bits of a result besides the recipe."""
+    cuda = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def differences(before: Any, now: Any, at: str = "") -> list[str]:
+    """The fields in which two pieces of plain data differ, as `a.b: old -> new`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(k for k in now if k not in before)]
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{at}.{key}" if at else key)
+        ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [line for i, (b, n) in pairs for line in differences(b, n, f"{at}.{i}")]
+    return [] if before == now else [f"{at}: {before!r:.80} -> {now!r:.80}"]
+
+
+def _compare(state: dict[str, Any], identity: Mapping[str, Any], path: Path) -> None:
+    if state["format"] > FORMAT:
+        raise IdentityError(
+            f"{path}: written by a newer version (format {state['format']}, known is {FORMAT})",
+            hint="update distill, or give another --out",
+        )
+    if changed := differences(state["identity"], identity):
+        raise IdentityError(
+            f"{path.parent.parent}: holds another run: " + "; ".join(changed[:8]),
+            hint="give another --out, or `--restart` to replace it",
+        )
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if p.suffix != ".damaged"), reverse=True)
+
+
+def _set_aside(path: Path) -> None:
+    target = path.with_name(f"{path.name}.damaged")
+    if target.exists():
+        shutil.rmtree(target)
+    path.rename(target)

@@ -1,0 +1,166 @@
+"""The machine a run finds itself on: devices, processes, precision, and requests to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from distill import console
+from distill.errors import IncompatibleError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Machine(NamedTuple):
+    """Where a run happens. Nothing here decides its result."""
+
+    accelerator: Accelerator
+    workers: int  # processes that decode images, for each training process
+    device_batch_size: int | None  # most images at once on a device; None is all of its share
+    compile: bool
+    checkpoint_seconds: float
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return torch.device(self.accelerator.device)
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        """The number of processes."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def micro_batches(self, batch_size: int) -> int:
+        """Pieces of this process's share of a global batch, so that none exceeds the device's.
+
+        Raises:
+            IncompatibleError: If the share cannot be cut into equal pieces of an even size.
+        """
+        share = batch_size // self.world
+        if self.device_batch_size is None or self.device_batch_size >= share:
+            return 1
+        if share % self.device_batch_size:
+            sizes = [n for n in range(1, share) if share % n == 0]
+            raise IncompatibleError(
+                f"--device-batch-size {self.device_batch_size} does not divide the {share} images "
+                f"that each of {self.world} processes gets",
+                hint=f"possible sizes: {', '.join(map(str, sizes))}",
+            )
+        return share // self.device_batch_size
+
+
+def setup(
+    *,
+    workers: int | None = None,
+    device_batch_size: int | None = None,
+    compile: bool = False,
+    checkpoint_seconds: float = 300.0,
+) -> Machine:
+    """Join the process group, if there is one, and choose this process's device."""
+    # Precision is the engine's own autocast: Accelerate's would wrap every forward pass.
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    console.err.quiet = not accelerator.is_main_process
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if workers is None:
+        workers = max(1, min(8, cores // max(1, accelerator.num_processes) - 1))
+    if accelerator.device.type == "cpu" and os.getloadavg()[0] > cores / 2:
+        console.warn(
+            f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores} cores): threads that "
+            "wait for each other can make training several times slower; try OMP_NUM_THREADS=1 or "
+            "OMP_WAIT_POLICY=PASSIVE"
+        )
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return Machine(accelerator, workers, device_batch_size, compile, checkpoint_seconds)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which forward passes run.
+
+    Raises:
+        IncompatibleError: If the device is far slower in this precision than in fp32.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    if device.type == "cpu" and precision == "fp16":
+        raise IncompatibleError(
+            "train.precision: fp16 needs a GPU", hint="--set train.precision=fp32"
+        )
+    if device.type == "cpu" and not has_fast_bf16(torch.cpu.get_capabilities()):
+        raise IncompatibleError(
+            "train.precision: bf16 is 12 to 21 times slower than fp32 on this CPU, which has "
+            "neither AVX512-BF16 nor AMX",
+            hint="--set train.precision=fp32",
+        )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def has_fast_bf16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU with these capabilities computes in bf16 rather than imitating it."""
+    return any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+class StopRequest:
+    """Remembers a signal until the step in work is done."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def agreed(self, machine: Machine) -> int | None:
+        """The signal that any process got, the same answer in all of them."""
+        if machine.world == 1:
+            return self.signum
+        flag = torch.tensor(self.signum or 0, device=machine.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag) or None
+
+
+@contextmanager
+def stop_request() -> Generator[StopRequest]:
+    """Turn SIGINT, SIGTERM and SIGUSR1 into a request to stop after the step in work.
+
+    A second Ctrl-C interrupts at once; the last checkpoint stays whole.
+    """
+    request = StopRequest()
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            console.say("stopping after this step; Ctrl-C again stops at once")
+        request.signum = signum
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {signum: signal.signal(signum, remember) for signum in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,153 @@
+"""What a run says of itself: rows of metrics.jsonl, and a line that moves on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from distill import console
+from distill.errors import DivergedError
+from distill.types import Losses
+
+PLAIN_SECONDS = 10.0  # between two lines where the output is no terminal
+
+
+class Monitor:
+    """Losses as running means on the device; they are fetched once a row, never in between."""
+
+    def __init__(self, path: Path | None, names: list[str], device: torch.device) -> None:
+        self.path = path  # None in all processes but one
+        self.names = ["loss", *names]
+        self.sums = torch.zeros(len(self.names), device=device)
+        self.count = 0
+
+    def add(self, losses: Losses) -> None:
+        """Count one step in. Waits for nothing."""
+        self.sums += torch.stack([losses.total, *losses.parts.values()]).float()
+        self.count += 1
+
+    def means(self, step: int) -> dict[str, float]:
+        """The means since the last row, over all processes, fetched from the device.
+
+        Raises:
+            DivergedError: If one of them is not a finite number.
+        """
+        if not self.count:
+            return {}
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        return self._finite(sums.tolist(), step)
+
+    def require_finite(self, step: int) -> None:
+        """Check this process's means, so that a checkpoint is only ever made of a sound run.
+
+        Raises:
+            DivergedError: If one of them is not a finite number.
+        """
+        if self.count:
+            self._finite(self.sums.tolist(), step)
+
+    def _finite(self, sums: list[float], step: int) -> dict[str, float]:
+        means = {name: total / self.count for name, total in zip(self.names, sums, strict=True)}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"{name} is {value} at step {step}; checkpoints from before it are kept",
+                    hint="a lower optimizer.lr, a longer warmup_epochs, or a clip_norm",
+                )
+        return means
+
+    def row(self, values: Mapping[str, Any]) -> None:
+        """Append a row to metrics.jsonl and begin new means.
+
+        A row holds nothing that depends on the clock: however often a run is cut and goes on,
+        the file comes out the same, byte for byte.
+        """
+        self.sums.zero_()
+        self.count = 0
+        self.append(values)
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Append a row that closes no means."""
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(values)) + "\n")
+
+    def state(self) -> dict[str, Any]:
+        """The means in work and the rows so far, for a checkpoint."""
+        rows = self.path.read_text(encoding="utf-8") if self.path and self.path.exists() else ""
+        return {"sums": self.sums.tolist(), "count": self.count, "rows": rows}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave; rows written after it are forgotten."""
+        self.sums.copy_(torch.tensor(state["sums"]))
+        self.count = state["count"]
+        if self.path is not None:
+            self.path.write_text(state["rows"], encoding="utf-8")
+
+
+class Display:
+    """A progress bar on a terminal; elsewhere one plain line every ten seconds."""
+
+    def __init__(self, name: str, done: int, total: int, batch_size: int, epoch: int) -> None:
+        self.name, self.total, self.batch_size, self.epoch = name, total, batch_size, epoch
+        self.began_at, self.began, self.shown = done, time.monotonic(), time.monotonic()
+        self.text = ""
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=console.err,
+            disable=not console.err.is_terminal or console.err.quiet,
+            transient=True,
+            refresh_per_second=5,
+        )
+        self.task = self.bar.add_task(name, total=total, completed=done, text="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def losses(self, means: Mapping[str, float]) -> None:
+        """Show these means until the next ones."""
+        loss, *parts = [f"{name} {value:.3f}" for name, value in means.items()]
+        self.text = f"{loss} ({' '.join(parts)})" if len(parts) > 1 else loss
+
+    def step(self, step: int) -> None:
+        """Move on. Costs a clock reading, and ten times a second a little more."""
+        now = time.monotonic()
+        terminal = not self.bar.disable
+        if now - self.shown < (0.1 if terminal else PLAIN_SECONDS) and step < self.total:
+            return
+        self.shown = now
+        rate = (step - self.began_at) * self.batch_size / max(now - self.began, 1e-9)
+        text = f"{self.text}  {rate:,.0f} images/s"
+        if terminal:
+            self.bar.update(self.task, completed=step, text=text)
+        else:
+            left = (self.total - step) * self.batch_size / max(rate, 1e-9)
+            console.say(
+                f"{self.name}: epoch {step // self.epoch} step {step}/{self.total}  {text}  "
+                f"{left:.0f} s left"
+            )

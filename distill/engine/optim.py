@@ -1,0 +1,73 @@
+"""Optimizers by recipe, and their state as plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.recipe import Optimizer
+
+
+def build(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that a recipe's `optimizer` describes, over all parameters of `module`.
+
+    With `decay: matrices`, biases, normalisation scales, tokens and position embeddings (every
+    parameter of fewer than two dimensions, or whose name says so) are left out of weight decay.
+    """
+    decay = spec.decay or ("all" if spec.name == "sgd" else "matrices")
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            matrix = _is_matrix(name, parameter)
+            orthogonal = matrix and spec.name == "muon"
+            groups.setdefault((matrix or decay == "all", orthogonal), []).append(parameter)
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": spec.weight_decay if decays else 0.0}
+        | ({"use_fallback": not orthogonal} if spec.name == "muon" else {})
+        for (decays, orthogonal), parameters in groups.items()
+    ]
+    fused = all(p.device.type == "cuda" for group in groups.values() for p in group)
+    match spec.name:
+        case "sgd":
+            nesterov = spec.momentum > 0
+            return torch.optim.SGD(
+                settings, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=fused
+            )
+        case "adamw":
+            return torch.optim.AdamW(settings, lr=spec.lr, fused=fused)
+        case "lamb":
+            from timm.optim.lamb import Lamb
+
+            return Lamb(settings, lr=spec.lr)
+        case "muon":  # matrices and kernels are made orthogonal, all else moves by AdamW
+            from timm.optim.muon import Muon
+
+            return Muon(settings, lr=spec.lr, momentum=spec.momentum, nesterov=True)
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    last = name.rpartition(".")[2]
+    return parameter.ndim >= 2 and not last.endswith(("token", "pos_embed", "position", "_table"))
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state: tensors by `number.key`, and every other value by the same names."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            (tensors if isinstance(value, Tensor) else others)[f"{index}.{key}"] = value
+    return tensors, others
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], others: dict[str, Any]
+) -> None:
+    """Put back what `state_tensors` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in (tensors | others).items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

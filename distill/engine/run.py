@@ -1,0 +1,80 @@
+"""The run directory: what a run leaves behind, and where."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill import storage
+from distill.errors import DamagedError
+
+
+class Result(NamedTuple):
+    """What `train` returns and `--json` prints. Rates are fractions in [0, 1].
+
+    Scores are those of the test split, read once, after the last epoch.
+    """
+
+    top1: float
+    top5: float
+    nll: float
+    ece: float
+    epochs: int
+    steps: int
+    seconds: float  # in the training loop, over all starts of the run
+    images_per_second: float
+    student: str
+    teachers: list[dict[str, Any]]  # model, run, weight, parameters, flops, top1
+    parameters: int
+    flops: int  # of one image's forward pass; a multiply-add counts as two
+    run: str
+    identity: dict[str, Any]  # digest of the recipe, fingerprints of data and teachers
+    warnings: list[str]
+    val_top1: float | None = None  # where a validation split is held out
+    baseline: dict[str, Any] | None = None  # the same student from labels alone
+    gain: float | None = None  # top1 less the baseline's
+    gain_ci95: list[float] | None = None  # paired bootstrap over the test images
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain data; keys that do not apply to the run are left out."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
+
+
+class Run:
+    """A directory, nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.student = path / "student.safetensors"
+        self.result = path / "result.json"
+        self.checkpoints = path / "checkpoint"
+
+    def finished(self) -> Result | None:
+        """The result, if the run has one.
+
+        Raises:
+            DamagedError: If there is one and it cannot be read.
+        """
+        try:
+            return Result(**json.loads(self.result.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise DamagedError(
+                f"{self.result}: cannot be read: {error}",
+                hint="delete it and run the same command again: the result is computed anew",
+            ) from None
+
+    def finish(self, result: Result) -> None:
+        """Write the result, the mark of a complete run."""
+        storage.write(self.result, (json.dumps(result.to_json(), indent=1) + "\n").encode())
+
+    def clear(self) -> None:
+        """Remove what a run wrote, and nothing else."""
+        for file in (self.result, self.student, self.metrics, self.recipe):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)

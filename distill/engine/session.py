@@ -1,0 +1,152 @@
+"""The parts of one run, built from its recipe and put on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from distill import evaluate, models, objectives
+from distill.data import datasets
+from distill.data.loader import Loader, evaluation_batches
+from distill.engine import machine, optim
+from distill.engine.machine import Machine
+from distill.engine.step import Distiller
+from distill.models.network import Network
+from distill.models.weights import fingerprint
+from distill.recipe import Recipe
+from distill.recipe import Teacher as TeacherSpec
+from distill.teacher import Ensemble, Live, Teacher
+
+
+class Session(NamedTuple):
+    """Everything that takes part in training."""
+
+    dataset: datasets.Dataset
+    loader: Loader
+    distiller: Distiller
+    model: nn.Module  # the distiller, wrapped where there are several processes
+    teacher: Teacher | None
+    teachers: list[Network]
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel | None
+    scaler: torch.amp.GradScaler | None
+    autocast: AbstractContextManager[Any]
+    identity: dict[str, Any]  # what a resumed run must have in common with this one
+
+    @property
+    def student(self) -> Network:
+        """The network that is evaluated and saved: the averaged one, where there is one."""
+        network = self.distiller.student if self.ema is None else self.ema.module
+        assert isinstance(network, Network)
+        return network
+
+
+def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
+    """Build everything a run in `path` needs; clashes between its parts show before step one.
+
+    Raises:
+        IncompatibleError: If parts of the recipe do not fit each other or the machine.
+        PreflightError: If data or weights are missing.
+    """
+    autocast = machine.autocast(recipe.train.precision, here.device)
+    dataset = datasets.load(recipe.data)
+    loader = Loader(
+        dataset,
+        recipe.data,
+        batch_size=recipe.train.batch_size,
+        train_seed=recipe.train.seed,
+        device=here.device,
+        rank=here.rank,
+        world=here.world,
+        workers=here.workers,
+    )
+    known: dict[str, Any] = {
+        "classes": dataset.classes,
+        "image_size": dataset.image_size,
+        "mean": dataset.mean,
+        "std": dataset.std,
+    }
+    specs = [trained(spec, path, i) for i, spec in enumerate(recipe.teachers)]
+    teachers = [_placed(models.build_teacher(spec, **known), here) for spec in specs]
+    torch.manual_seed(recipe.train.seed)
+    student = models.build_student(recipe.student, **known)
+    identity = {
+        "recipe": recipe.digest(),
+        "data": dataset.fingerprint,
+        "teachers": [fingerprint(network) for network in teachers],
+        "student": fingerprint(student) if recipe.student.weights else None,
+    }
+    distiller = Distiller(_placed(student, here), objectives.build(recipe.objective)).to(
+        here.device
+    )
+    teacher = _together(teachers, [spec.weight for spec in recipe.teachers])
+    if here.compile:
+        for module in (distiller, *teachers):
+            module.compile()
+    half = recipe.train.precision == "fp16"
+    return Session(
+        dataset=dataset,
+        loader=loader,
+        distiller=distiller,
+        model=here.accelerator.prepare_model(distiller),
+        teacher=teacher,
+        teachers=teachers,
+        optimizer=optim.build(distiller, recipe.optimizer),
+        ema=_average(distiller.student, recipe.train.ema) if recipe.train.ema else None,
+        scaler=torch.amp.GradScaler(here.device.type) if half else None,
+        autocast=autocast,
+        identity=identity,
+    )
+
+
+def trained(spec: TeacherSpec, path: Path, position: int) -> TeacherSpec:
+    """The teacher with weights: one that is a recipe has its run beside the student's `path`."""
+    if spec.recipe is None:
+        return spec
+    run = path.parent / (spec.name or f"{path.name}-teacher-{position}")
+    return spec.model_copy(update={"recipe": None, "weights": str(run)})
+
+
+def answers(
+    network: nn.Module, split: str, recipe: Recipe, dataset: datasets.Dataset, here: Machine
+) -> evaluate.Predictions:
+    """What the network says of the `test` split, or of the held-out `val` part of train."""
+    test = split == "test"
+    batches = evaluation_batches(
+        dataset,
+        dataset.test if test else dataset.train,
+        np.arange(len(dataset.test)) if test else dataset.val_ids,
+        recipe.data,
+        batch_size=max(1, recipe.train.batch_size // here.world),
+        device=here.device,
+        rank=here.rank,
+        world=here.world,
+        workers=here.workers,
+    )
+    autocast = machine.autocast(recipe.train.precision, here.device)
+    return evaluate.predict(network, batches, autocast=autocast)
+
+
+def _placed(network: Network, here: Machine) -> Network:
+    """On the device; convolutional networks channels-last, which is their kernels' own order."""
+    order = torch.channels_last if network.is_convolutional else torch.preserve_format
+    return network.to(device=here.device, memory_format=order)
+
+
+def _together(networks: Sequence[Network], weights: list[float]) -> Teacher | None:
+    members = [Live(network) for network in networks]
+    if len(members) < 2:
+        return members[0] if members else None
+    return Ensemble(members, weights)
+
+
+def _average(student: nn.Module, decay: float) -> AveragedModel:
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(student, multi_avg_fn=average, use_buffers=True)

@@ -1,0 +1,102 @@
+"""One optimizer step: the hot path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distill.objectives import Objective
+from distill.teacher import Teacher
+from distill.types import Batch, Losses, Outputs
+
+
+class Distiller(nn.Module):
+    """All that learns: the student, and what its objective learns beside it.
+
+    They are one module so that one compile, one clipping and one all-reduce cover them.
+    """
+
+    def __init__(self, student: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(
+        self, batch: Batch, teacher: Outputs | None, weights: Mapping[str, float]
+    ) -> Losses:
+        """The losses of the student's answer to the batch."""
+        losses: Losses = self.objective(self.student(batch.images), teacher, batch, weights)
+        return losses
+
+
+class Step(NamedTuple):
+    """What happened in a step, of its last micro-batch; nothing here holds a graph."""
+
+    losses: Losses
+    told: Outputs | None  # by the teacher
+    batch: Batch
+
+
+def train_step(
+    model: nn.Module,
+    teacher: Teacher | None,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    weights: Mapping[str, float],
+    clip_norm: float | None = None,
+    micro_batches: int = 1,
+    autocast: AbstractContextManager[Any] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Step:
+    """Forward, backward and update on one batch. Never waits for the device.
+
+    Args:
+        model: A `Distiller`, or one wrapped by DDP or `torch.compile`.
+        teacher: None trains from labels alone.
+        optimizer: Over all parameters of the model.
+        batch: This process's share of the global batch.
+        weights: Each term's weight in this step.
+        clip_norm: Limit on the norm of all gradients together, projectors included.
+        micro_batches: Equal pieces whose gradients are added up, to fit the device's memory.
+        autocast: Precision of both forward passes; None is the parameters' own.
+        scaler: Loss scaler, for fp16 only.
+    """
+    precision = autocast or nullcontext()
+    for i, piece in enumerate(_pieces(batch, micro_batches)):
+        with _local_gradients(model, i < micro_batches - 1):
+            with precision:
+                told = None if teacher is None else teacher(piece)
+                losses: Losses = model(piece, told, weights)
+            loss = losses.total / micro_batches if micro_batches > 1 else losses.total
+            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+    if clip_norm is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    parts = {name: part.detach() for name, part in losses.parts.items()}
+    return Step(Losses(losses.total.detach(), parts, losses.logits), told, piece)
+
+
+def _pieces(batch: Batch, count: int) -> list[Batch]:
+    if count == 1:
+        return [batch]
+    return [Batch(*piece) for piece in zip(*(x.chunk(count) for x in batch), strict=True)]
+
+
+def _local_gradients(model: nn.Module, local: bool) -> AbstractContextManager[Any]:
+    """Leave the all-reduce to the last micro-batch."""
+    return (
+        model.no_sync() if local and isinstance(model, DistributedDataParallel) else nullcontext()
+    )

@@ -1,0 +1,362 @@
+"""Training: one readable path from a recipe to a result."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from distill import console, evaluate, schedule, storage
+from distill.data import datasets
+from distill.engine import checkpoint, machine, optim
+from distill.engine.checkpoint import Checkpoint
+from distill.engine.machine import Machine, StopRequest
+from distill.engine.monitor import Display, Monitor
+from distill.engine.run import Result, Run
+from distill.engine.session import Session, answers, prepare, trained
+from distill.engine.step import Step, train_step
+from distill.errors import IdentityError, Stopped
+from distill.evaluate import Predictions
+from distill.models import cost, weights
+from distill.recipe import Recipe
+
+ROW_STEPS = 50  # steps between two rows of metrics.jsonl, or an epoch where that is shorter
+RATIO = (0.05, 50.0)  # of teacher's to labels' gradient; outside it one of them decides alone
+
+
+class Counter(NamedTuple):
+    """How far a run is."""
+
+    step: int  # optimizer steps done
+    seconds: float  # spent on them, over all starts
+    warnings: list[str]  # said so far, for the result
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    restart: bool = False,
+    baseline: bool = False,
+    workers: int | None = None,
+    device_batch_size: int | None = None,
+    compile: bool = False,
+    checkpoint_seconds: float = 300.0,
+) -> Result:
+    """Train the recipe's student and evaluate it; go on where an earlier call stopped.
+
+    Teachers that are recipes are trained first, each in a run directory beside `out`.
+
+    Args:
+        recipe: What to train.
+        out: The run directory.
+        restart: Forget what the run directory holds.
+        baseline: Also train the same student from labels alone (same seed, order, views and
+            steps), in `out/baseline`, and report the gain.
+        workers: Processes that decode images, for each training process; None chooses.
+        device_batch_size: Most images at once on a device; the global batch stays the recipe's.
+        compile: Compile student and teacher with `torch.compile`.
+        checkpoint_seconds: Time between two checkpoints.
+
+    Raises:
+        IncompatibleError: If parts of the recipe do not fit each other or the machine.
+        IdentityError: If `out` holds a run of another recipe, teacher or data set.
+        DamagedError: If there are checkpoints and none is whole.
+        PreflightError: If data are missing or `out` cannot be written.
+        DivergedError: If the loss stops being finite.
+        Stopped: If a signal asked the run to stop; the same call goes on.
+    """
+    here = machine.setup(
+        workers=workers,
+        device_batch_size=device_batch_size,
+        compile=compile,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    out = Path(out)
+    with machine.stop_request() as stop:
+        for i, spec in enumerate(recipe.teachers):
+            if spec.recipe is not None:
+                run = trained(spec, out, i).weights
+                _run(spec.recipe, Path(str(run)), here, stop, restart=False)
+        result, told = _run(recipe, out, here, stop, restart=restart)
+        if baseline:
+            alone = recipe.without_teacher()
+            plain, said = _run(alone, out / "baseline", here, stop, restart=restart)
+            if result.baseline != plain.to_json():
+                result = _with_baseline(recipe, result, plain, here, told, said)
+    return result
+
+
+def _with_baseline(
+    recipe: Recipe,
+    result: Result,
+    plain: Result,
+    here: Machine,
+    told: Predictions | None,
+    said: Predictions | None,
+) -> Result:
+    """The result with the same student from labels alone beside it, paired image by image."""
+    dataset = datasets.load(recipe.data)
+    told, said = (
+        known or answers(weights.load(run).to(here.device), "test", recipe, dataset, here)
+        for known, run in ((told, result.run), (said, plain.run))
+    )
+    gain, interval = evaluate.paired_gain(told, said)
+    warnings = list(result.warnings)
+    for teacher in result.teachers:
+        if teacher["top1"] < plain.top1:
+            warnings.append(
+                f"teacher {teacher['model']} ({teacher['top1']:.1%}) is worse than the student "
+                f"without it ({plain.top1:.1%}): such a teacher usually holds a student back"
+            )
+            console.warn(warnings[-1])
+    result = result._replace(
+        baseline=plain.to_json(), gain=gain, gain_ci95=list(interval), warnings=warnings
+    )
+    if here.main:
+        Run(Path(result.run)).finish(result)
+    return result
+
+
+def _run(
+    recipe: Recipe, path: Path, here: Machine, stop: StopRequest, *, restart: bool
+) -> tuple[Result, Predictions | None]:
+    """One run in one directory: done already, gone on with, or begun."""
+    run = Run(path)
+    with storage.lock(path) if here.main else nullcontext():
+        if not restart:
+            _require_same_recipe(run, recipe)
+        session = prepare(recipe, path, here)
+        if restart and here.main:  # only now, when nothing stands in the new run's way
+            run.clear()
+        here.accelerator.wait_for_everyone()
+        if (result := run.finished()) is not None:
+            if changed := checkpoint.differences(result.identity, session.identity):
+                raise IdentityError(
+                    f"{path}: holds a finished run of something else: " + "; ".join(changed[:8]),
+                    hint="give another --out, or `--restart` to replace it",
+                )
+            console.say(f"{path}: finished already; --restart trains again")
+            return result, None
+        if here.main:
+            state = session.distiller.state_dict().values()
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state)
+            # Weights, their average and two moments, in each checkpoint and in the one in work.
+            storage.require_room(path, 4 * size * (checkpoint.KEEP + 1))
+            storage.write(run.recipe, recipe.to_yaml().encode())
+        counter = _loop(recipe, run, session, here, stop)
+        finished = _finish(recipe, run, session, here, counter)
+        here.accelerator.free_memory()
+        return finished
+
+
+def _require_same_recipe(run: Run, recipe: Recipe) -> None:
+    if run.recipe.exists():
+        before = Recipe.load(run.recipe).identity()
+        if changed := checkpoint.differences(before, recipe.identity()):
+            raise IdentityError(
+                f"{run.path}: holds a run of another recipe: " + "; ".join(changed[:8]),
+                hint="give another --out, or `--restart` to replace it",
+            )
+
+
+def _loop(recipe: Recipe, run: Run, session: Session, here: Machine, stop: StopRequest) -> Counter:
+    """Train to the last step, saving on the way."""
+    loader, terms = session.loader, session.distiller.objective.weights
+    total = recipe.train.epochs * loader.steps_per_epoch
+    row_steps = min(ROW_STEPS, loader.steps_per_epoch)
+    micro_batches = here.micro_batches(recipe.train.batch_size)
+    monitor = Monitor(run.metrics if here.main else None, list(terms), here.device)
+    step, seconds, warnings = _resume(run, session, monitor, here)
+    began, saved = time.monotonic() - seconds, time.monotonic()
+    images = recipe.train.batch_size
+    with Display(run.path.name, step, total, images, loader.steps_per_epoch) as display:
+        while step < total:
+            epoch, start = divmod(step, loader.steps_per_epoch)
+            for batch in loader.epoch(epoch, start=start):
+                scales = _set_progress(recipe, session, here, step, total)
+                done = train_step(
+                    session.model,
+                    session.teacher,
+                    session.optimizer,
+                    batch,
+                    weights=scales,
+                    clip_norm=recipe.optimizer.clip_norm,
+                    micro_batches=micro_batches,
+                    autocast=session.autocast,
+                    scaler=session.scaler,
+                )
+                if session.ema is not None:
+                    session.ema.update_parameters(session.distiller.student)
+                step += 1
+                monitor.add(done.losses)
+                if row := step % row_steps == 0 or step == total:
+                    display.losses(_write_row(session, monitor, done, scales, step, warnings))
+                if step % loader.steps_per_epoch == 0:
+                    _validate(recipe, session, monitor, here, step)
+                display.step(step)
+                stopped = stop.agreed(here) if row or here.world == 1 else None
+                now = time.monotonic()
+                due = now - saved > here.checkpoint_seconds
+                if here.main and (due or stopped or step == total):
+                    monitor.require_finite(step)
+                    _save(run, session, monitor, Counter(step, now - began, warnings))
+                    saved = time.monotonic()
+                if stopped and step < total:
+                    raise Stopped(
+                        f"{run.path}: stopped by {signal.Signals(stopped).name} after step {step} "
+                        f"of {total}, and saved",
+                        hint="the same command goes on from there",
+                        signum=stopped,
+                    )
+    return Counter(step, time.monotonic() - began, warnings)
+
+
+def _set_progress(
+    recipe: Recipe, session: Session, here: Machine, step: int, total: int
+) -> dict[str, float]:
+    """Set all that follows from the step alone: learning rate, dropout's seed, loss weights."""
+    progress = (step + 0.5) / total
+    spec = recipe.optimizer
+    factor = schedule.learning_rate(
+        progress, warmup=spec.warmup_epochs / recipe.train.epochs, shape=spec.schedule
+    )
+    for group in session.optimizer.param_groups:
+        group["lr"] = spec.lr * factor
+    # A function of the step, so that no generator's state has to be saved and put back.
+    seed = ((recipe.train.seed << 42) + (step << 10) + here.rank) & ((1 << 63) - 1)
+    torch.default_generator.manual_seed(seed)
+    if here.device.type == "cuda":
+        torch.cuda.default_generators[here.device.index or 0].manual_seed(seed)
+    return session.distiller.objective.weights_at(progress)
+
+
+def _write_row(
+    session: Session,
+    monitor: Monitor,
+    done: Step,
+    scales: dict[str, float],
+    step: int,
+    warnings: list[str],
+) -> dict[str, float]:
+    """A row of metrics: the means since the last one, and how the step in work is balanced."""
+    means = monitor.means(step)
+    row = {
+        "step": step,
+        "epoch": (step - 1) // session.loader.steps_per_epoch + 1,
+        "split": "train",
+        **means,
+        "lr": session.optimizer.param_groups[0]["lr"],
+        **{f"weight_{name}": scale for name, scale in scales.items()},
+    }
+    ratio = session.distiller.objective.gradient_ratio(
+        done.losses.logits, done.told, done.batch, scales
+    )
+    if ratio is not None:
+        row["gradient_ratio"] = value = float(ratio)
+        if not RATIO[0] <= value <= RATIO[1] and not warnings:
+            strong, weak = ("teacher", "labels") if value > 1 else ("labels", "teacher")
+            warnings.append(
+                f"at step {step} the gradient from the {strong} is {max(value, 1 / value):.0f} "
+                f"times the one from the {weak}, which hardly counts; mind weights and temperature"
+            )
+            console.warn(warnings[-1])
+    monitor.row(row)
+    return means
+
+
+def _validate(recipe: Recipe, session: Session, monitor: Monitor, here: Machine, step: int) -> None:
+    """A row of scores on the validation split, where one is held out and its turn has come."""
+    epoch = step // session.loader.steps_per_epoch
+    last = epoch == recipe.train.epochs
+    if len(session.dataset.val_ids) and (last or epoch % recipe.train.eval_epochs == 0):
+        told = answers(session.student, "val", recipe, session.dataset, here)
+        scores = evaluate.scores(told)
+        monitor.append({"step": step, "epoch": epoch, "split": "val", **scores._asdict()})
+        console.say(f"epoch {epoch}: val top1 {scores.top1:.2%}  nll {scores.nll:.3f}")
+
+
+def _save(run: Run, session: Session, monitor: Monitor, counter: Counter) -> None:
+    state, others = optim.state_tensors(session.optimizer)
+    tensors = {"model": session.distiller.state_dict(), "optimizer": state}
+    values = {
+        "optimizer": others,
+        "monitor": monitor.state(),
+        "seconds": counter.seconds,
+        "warnings": counter.warnings,
+    }
+    if session.ema is not None:
+        tensors["ema"] = session.ema.state_dict()
+    if session.scaler is not None:
+        values["scaler"] = session.scaler.state_dict()
+    checkpoint.save(
+        run.checkpoints, Checkpoint(counter.step, tensors, values), identity=session.identity
+    )
+
+
+def _resume(run: Run, session: Session, monitor: Monitor, here: Machine) -> Counter:
+    """Put the newest checkpoint back, or begin."""
+    found = checkpoint.load(run.checkpoints, identity=session.identity, warn=console.warn)
+    if found is None:
+        if here.main:
+            run.metrics.write_text("", encoding="utf-8")
+        return Counter(0, 0.0, [])
+    session.distiller.load_state_dict(found.tensors["model"])
+    optim.load_state(session.optimizer, found.tensors["optimizer"], found.values["optimizer"])
+    if session.ema is not None:
+        session.ema.load_state_dict(found.tensors["ema"])
+    if session.scaler is not None:
+        session.scaler.load_state_dict(found.values["scaler"])
+    monitor.load(found.values["monitor"])
+    console.say(f"{run.path}: going on after step {found.step}")
+    return Counter(found.step, found.values["seconds"], found.values["warnings"])
+
+
+def _finish(
+    recipe: Recipe, run: Run, session: Session, here: Machine, counter: Counter
+) -> tuple[Result, Predictions]:
+    """Read the test split, once, and write the student and the result."""
+    dataset, student = session.dataset, session.student
+    told = answers(student, "test", recipe, dataset, here)
+    teachers = [
+        {
+            "model": network.description.model,
+            "run": spec.weights,
+            "weight": spec.weight,
+            "parameters": cost.parameters(network),
+            "flops": cost.flops(network, dataset.image_size),
+            "top1": evaluate.scores(answers(network, "test", recipe, dataset, here)).top1,
+        }
+        for network, spec in zip(
+            session.teachers,
+            [trained(spec, run.path, i) for i, spec in enumerate(recipe.teachers)],
+            strict=True,
+        )
+    ]
+    values: dict[str, Any] = evaluate.scores(told)._asdict()
+    if len(dataset.val_ids):
+        held_out = answers(student, "val", recipe, dataset, here)
+        values["val_top1"] = evaluate.scores(held_out).top1
+    images = counter.step * recipe.train.batch_size
+    result = Result(
+        **values,
+        epochs=recipe.train.epochs,
+        steps=counter.step,
+        seconds=round(counter.seconds, 3),
+        images_per_second=round(images / max(counter.seconds, 1e-9), 1),
+        student=student.description.model,
+        teachers=teachers,
+        parameters=cost.parameters(student),
+        flops=cost.flops(student, dataset.image_size),
+        run=str(run.path),
+        identity=session.identity,
+        warnings=counter.warnings,
+    )
+    if here.main:
+        storage.write(run.student, weights.to_bytes(student))
+        run.finish(result)
+    return result, told

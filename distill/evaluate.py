@@ -1,0 +1,137 @@
+"""Accuracy and calibration, exact over processes, with one answer kept for every image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from distill.types import Outputs
+
+BINS = 15  # equal-width confidence bins of the calibration error, as the literature counts them
+
+
+class Scores(NamedTuple):
+    """Means over a split. Rates are fractions in [0, 1]."""
+
+    top1: float
+    top5: float
+    nll: float  # nats
+    ece: float
+
+
+class Predictions(NamedTuple):
+    """One answer an image, sorted by id."""
+
+    ids: Int[np.ndarray, " N"]
+    labels: Int[np.ndarray, " N"]
+    predicted: Int[np.ndarray, " N"]
+    confidence: Float[np.ndarray, " N"]  # probability of the predicted class
+    nll: Float[np.ndarray, " N"]  # −log probability of the label, in nats
+    top5: Bool[np.ndarray, " N"]  # the label is among the five most probable classes
+
+    @property
+    def correct(self) -> Bool[np.ndarray, " N"]:
+        """Whether the predicted class is the label."""
+        correct: np.ndarray = self.predicted == self.labels
+        return correct
+
+
+def predict(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> Predictions:
+    """Run a network over (images, labels, ids) batches, each image once over all processes.
+
+    The network is in eval mode while it runs, and as it was afterwards. Every process returns
+    the answers of all of them.
+    """
+    was_training = network.training
+    network.eval()
+    rows: list[tuple[Tensor, ...]] = []
+    with torch.no_grad(), autocast or nullcontext():
+        for images, labels, ids in batches:
+            outputs: Outputs = network(images)
+            rows.append((ids, labels, *_answers(outputs.logits.float(), labels)))
+    network.train(was_training)
+    columns = (
+        [torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)] if rows else []
+    )
+    if dist.is_initialized():
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, columns)
+        columns = [np.concatenate(c) for c in zip(*(s for s in shares if s), strict=True)]
+    order = np.argsort(columns[0], kind="stable")
+    return Predictions(*(column[order] for column in columns))
+
+
+def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_p = F.log_softmax(logits, dim=-1)
+    best, predicted = log_p.max(dim=-1)
+    own = log_p.gather(1, labels[:, None])
+    # The label's rank with ties counted against it, so that constant logits score nothing.
+    ahead = (log_p >= own).sum(dim=-1)
+    return predicted, best.exp(), -own[:, 0], ahead <= 5
+
+
+def scores(predictions: Predictions) -> Scores:
+    """Top-1 and top-5 accuracy, mean negative log-likelihood, expected calibration error.
+
+    Computed in float64 from the sorted answers, so that the number of processes and the batch
+    size leave no trace in them.
+    """
+    return Scores(
+        top1=float(predictions.correct.mean()),
+        top5=float(predictions.top5.mean()),
+        nll=float(predictions.nll.astype(np.float64).mean()),
+        ece=ece(predictions.confidence, predictions.correct),
+    )
+
+
+def ece(confidence: Float[np.ndarray, " N"], correct: Bool[np.ndarray, " N"]) -> float:
+    """Expected calibration error: Σ_b (n_b / N) |accuracy_b − mean confidence_b|.
+
+    Over 15 bins of equal width, each open below and closed above, as torchmetrics has them.
+    Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks, 2017, arXiv:1706.04599.
+
+    Args:
+        confidence: Probability of the predicted class, in [0, 1].
+        correct: Whether that class is the label.
+
+    Returns:
+        A fraction in [0, 1].
+    """
+    confidence = confidence.astype(np.float64)
+    bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    gap = np.bincount(bins, weights=correct - confidence, minlength=BINS)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def paired_gain(
+    student: Predictions, baseline: Predictions, *, resamples: int = 10_000
+) -> tuple[float, tuple[float, float]]:
+    """The student's top-1 less the baseline's, with a 95 % interval over images.
+
+    The same images are drawn for both (paired bootstrap, percentile interval, fixed seed), so
+    what the two have in common cancels. Training again with another seed is not in the interval.
+
+    Returns:
+        The difference and the ends of its interval, as fractions in [−1, 1].
+    """
+    difference = student.correct.astype(np.int64) - baseline.correct.astype(np.int64)
+    n = len(difference)
+    # A resample of n values in {−1, 0, 1} is a multinomial draw of their counts.
+    shares = np.array([(difference == value).mean() for value in (-1, 0, 1)])
+    counts = np.random.default_rng(0).multinomial(n, shares, size=resamples)
+    means = (counts[:, 2] - counts[:, 0]) / n
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(difference.mean()), (float(low), float(high))

@@ -1,0 +1,173 @@
+"""Files that are either whole or not there, whatever kills the process."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from distill.errors import DamagedError, PreflightError
+
+MANIFEST = "MANIFEST.json"
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put `data` at `path` so that a reader, now or after a crash, sees the old file or the new.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        PreflightError: If the disk is full, or the folder cannot be written.
+    """
+    temporary = _temporary(path)
+    try:
+        _write_synced(temporary, data)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        _refuse(path, error, len(data))
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make the folder `path` with `files` and a manifest of their SHA-256, all or nothing.
+
+    Raises:
+        PreflightError: If the disk is full, or the parent folder cannot be written.
+    """
+    temporary = _temporary(path)
+    manifest = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
+    try:
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            _write_synced(temporary / name, data)
+        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync_folder(temporary)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _refuse(path, error, sum(map(len, files.values())))
+
+
+def read_folder(path: Path) -> dict[str, bytes]:
+    """The files of a folder that `write_folder` made, every byte checked.
+
+    Raises:
+        DamagedError: If a file is missing, or is not what was written.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files = {}
+        for name, entry in manifest.items():
+            data = (path / name).read_bytes()
+            if len(data) != entry["size"]:
+                raise DamagedError(
+                    f"{path / name}: {len(data)} bytes, written were {entry['size']}"
+                )
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise DamagedError(f"{path / name}: its content changed after it was written")
+            files[name] = data
+        return files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError(f"{path}: {error}") from None
+
+
+@contextmanager
+def lock(folder: Path) -> Generator[None]:
+    """Hold `folder` for this process; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+        PreflightError: If another process holds it, or the folder cannot be written.
+    """
+    import fcntl
+
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+")
+    except OSError as error:
+        _refuse(path, error, 0)
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise PreflightError(
+                f"{folder}: in use by {holder}", hint="wait for it, or give another --out"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        for orphan in folder.rglob(".*.tmp"):  # left by a process that was killed while writing
+            shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
+        yield
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Check that `folder` has `needed` bytes free.
+
+    Raises:
+        PreflightError: If it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PreflightError(
+            f"{folder}: the run needs {_size(needed)} of disk, {_size(free)} are free",
+            hint="make room, or give an --out on another disk",
+        )
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse(path: Path, error: OSError, needed: int) -> NoReturn:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        raise PreflightError(
+            f"{path}: no room for {_size(needed)}, {_size(free)} are free; nothing was replaced",
+            hint="make room and run the same command again: it goes on where it stopped",
+        ) from None
+    raise PreflightError(
+        f"{path}: cannot be written: {(error.strerror or str(error)).lower()}",
+        hint="give another --out, or mend the permissions",
+    ) from None
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,53 @@
+"""Training in processes of their own, that tests can kill and send signals to."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+context: ForkServerContext = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["distill.engine.train", "distill.models.zoo.vit"])
+
+
+def start(recipe: Path, out: Path, **options: Any) -> ForkServerProcess:
+    """Begin to train in a process of its own, which imports nothing heavy any more."""
+    process = context.Process(target=_train, args=(recipe, out, options))
+    process.start()
+    return process
+
+
+def _train(recipe: Path, out: Path, options: dict[str, Any]) -> None:
+    import sys
+
+    import torch
+
+    from distill.engine.train import train
+    from distill.errors import DistillError
+    from distill.recipe import Recipe
+
+    torch.set_num_threads(1)
+    try:
+        train(Recipe.load(recipe), out, **options)
+    except DistillError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+def traces(out: Path) -> dict[str, bytes]:
+    """Everything a finished run left behind that must not depend on how often it was cut."""
+    import json
+
+    newest = max((out / "checkpoint").glob("step-????????"))
+    found = {
+        path.name: path.read_bytes()
+        for path in [*newest.glob("*.safetensors"), out / "student.safetensors"]
+    }
+    found["metrics.jsonl"] = (out / "metrics.jsonl").read_bytes()
+    found["recipe.yaml"] = (out / "recipe.yaml").read_bytes()
+    result = json.loads((out / "result.json").read_text())
+    for clock in ("seconds", "images_per_second", "run", "teachers"):
+        del result[clock]
+    found["result.json"] = json.dumps(result).encode()
+    return found

@@ -1,0 +1,176 @@
+"""A run that was cut short, in whatever way, ends as if it had never been."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill.engine.train import train
+from distill.errors import DamagedError, IdentityError, PreflightError
+from distill.recipe import Recipe
+from tests.engine import processes
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], float]:
+    """The recipe, what its uninterrupted run leaves behind, and how long it takes."""
+    from tests.engine.conftest import STUDENT, TEACHER
+
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "teacher.yaml").write_text(TEACHER)
+    recipe = folder / "student.yaml"
+    recipe.write_text(STUDENT)
+    processes.start(recipe, folder / "warm").join()
+    shutil.rmtree(folder / "warm")
+    began = time.monotonic()
+    process = processes.start(recipe, folder / "run")
+    process.join()
+    assert process.exitcode == 0
+    return recipe, processes.traces(folder / "run"), time.monotonic() - began
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.soak)])
+def test_kill_9_at_random_points_leaves_no_trace(
+    reference: tuple[Path, dict[str, bytes], float], tmp_path: Path, kills: int
+) -> None:
+    recipe, expected, seconds = reference
+    # The teacher is there already, so that the kills fall into the student's run.
+    shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
+    random.seed(kills)
+    done = runs = 0
+    while done < kills or not runs:
+        out = tmp_path / f"run-{runs}"
+        while True:
+            process = processes.start(recipe, out, checkpoint_seconds=0)
+            process.join(timeout=random.uniform(0.2, 0.6) * seconds)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            done += 1
+        assert process.exitcode == 0
+        assert processes.traces(out) == expected
+        assert not list(out.rglob("*.tmp"))
+        runs += 1
+    assert done >= kills
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_saves_the_step_and_the_run_goes_on(
+    reference: tuple[Path, dict[str, bytes], float], tmp_path: Path, signum: int, status: int
+) -> None:
+    recipe, expected, _ = reference
+    shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
+    out = tmp_path / "run"
+    process = processes.start(recipe, out)
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.is_alive()
+        time.sleep(0.005)
+    import os
+
+    assert process.pid is not None
+    os.kill(process.pid, signum)
+    process.join()
+    assert process.exitcode == status
+    assert list((out / "checkpoint").glob("step-*"))
+    assert not (out / "result.json").exists()
+    process = processes.start(recipe, out)
+    process.join()
+    assert process.exitcode == 0
+    assert processes.traces(out) == expected
+
+
+def test_a_finished_run_is_not_trained_again(recipes: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = Recipe.load(recipes(), ["train.epochs=1"])
+    first = train(recipe, tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert train(recipe, tmp_path / "run") == first
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    del before[tmp_path / "run/.lock"], after[tmp_path / "run/.lock"]
+    assert before == after
+
+
+def test_another_recipe_is_refused_and_restart_replaces_it(
+    recipes: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, out = recipes(), tmp_path / "run"
+    train(Recipe.load(path, ["train.epochs=1"]), out)
+    kept = (out / "student.safetensors").read_bytes()
+    other = Recipe.load(path, ["train.epochs=2", "train.seed=4"])
+    with pytest.raises(IdentityError, match=r"train\.epochs: 1 -> 2; train\.seed: 3 -> 4"):
+        train(other, out)
+    assert (out / "student.safetensors").read_bytes() == kept
+    assert train(other, out, restart=True).epochs == 2
+    assert (out / "student.safetensors").read_bytes() != kept
+
+
+def test_another_teacher_is_refused(recipes: Callable[..., Path], tmp_path: Path) -> None:
+    path, out = recipes(), tmp_path / "run"
+    train(Recipe.load(path, ["train.epochs=1"]), out)
+    teacher = tmp_path / "teacher"
+    train(Recipe.load(tmp_path / "teacher.yaml", ["train.seed=1"]), teacher, restart=True)
+    with pytest.raises(IdentityError, match=r"train\.seed: 1 -> 0"):
+        train(Recipe.load(path, ["train.epochs=1"]), out)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
+    reference: tuple[Path, dict[str, bytes], float], tmp_path: Path
+) -> None:
+    recipe, expected, _ = reference
+    shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
+    out = tmp_path / "run"
+    processes.start(recipe, out, checkpoint_seconds=0).join()
+    (out / "result.json").unlink()
+    newest, older = sorted((out / "checkpoint").iterdir(), reverse=True)
+    weights = bytearray((newest / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(weights)
+    process = processes.start(recipe, out)
+    process.join()
+    assert process.exitcode == 0
+    assert processes.traces(out) == expected
+    assert (out / "checkpoint" / f"{newest.name}.damaged").is_dir()
+    for path in (newest, older):
+        assert path.exists()
+
+
+def test_without_a_whole_checkpoint_the_run_refuses_and_keeps_everything(
+    recipes: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, out = Recipe.load(recipes(), ["train.epochs=2"]), tmp_path / "run"
+    train(recipe, out, checkpoint_seconds=0)
+    (out / "result.json").unlink()
+    for path in (out / "checkpoint").iterdir():
+        (path / "state.json").write_text("{}")
+    for _ in range(2):  # the second start finds them set aside already
+        with pytest.raises(DamagedError, match="no checkpoint is whole"):
+            train(recipe, out)
+    assert len(list((out / "checkpoint").glob("*.damaged"))) == 2
+
+
+def test_two_runs_cannot_share_a_directory(
+    reference: tuple[Path, dict[str, bytes], float], tmp_path: Path
+) -> None:
+    recipe, _, _ = reference
+    shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
+    crowd = [processes.start(recipe, tmp_path / "run") for _ in range(4)]
+    for process in crowd:
+        process.join()
+    assert sorted(process.exitcode or 0 for process in crowd) == [0, 6, 6, 6]
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(
+    recipes: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PreflightError, match=r"\.lock: cannot be written: not a directory"):
+        train(Recipe.load(recipes()), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "in the way"
