@@ -196,7 +196,7 @@ def _settings(option: str, model: str, num_train: int) -> Settings:
         raise RecipeError(
             f"{option}: no model {model!r}" + component.suggestion(model, list(known))
         )
-    batch_size = 2
+    batch_size = min(8, num_train)  # batch normalisation needs some
     while batch_size < 64 and batch_size * 16 <= num_train:
         batch_size *= 2
     steps = 2_000 if pretrained else 10_000
@@ -292,7 +292,7 @@ def _data(found: Survey, size: int, split_file: Path | None) -> str:
     ]
     if found.bad_train and found.own_split:
         parts += [
-            f"  # {len(found.bad_train):,} training images cannot be read and are left out.",
+            f"  # Training images that cannot be read, and are left out: {len(found.bad_train):,}.",
             "  on_bad_image: skip",
         ]
     return "\n".join(parts)

@@ -7,6 +7,7 @@
   + IdentityError (ValueError)     4  what lies on disk was made from something else
   + DamagedError (RuntimeError)    5  a file is not what was written: no checkpoint is usable
   + PreflightError (OSError)       6  disk, permission, data or a lock stands in the way
+    + data.images.BadImageError    6  a file is no usable image
   + Stopped                   75/130  asked to stop by a signal; the same command goes on
 """
 

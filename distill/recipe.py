@@ -6,18 +6,23 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distill import component, yamlio
+from distill import component, recipe_file, yamlio
 from distill.component import Count, Location, NonNegative, Positive
 from distill.errors import RecipeError
 from distill.schedule import Schedule
 
 # Names of models that other libraries hold, and that only those libraries can check.
 OUTSIDE_MODELS = ("timm/", "torchvision/")
+
+
+def is_published(weights: str | None) -> bool:
+    """Whether weights are known by their name, and not by a place on this disk."""
+    return weights is not None and (weights == "pretrained" or weights.startswith("hf-hub:"))
 
 
 class Section(BaseModel):
@@ -104,7 +109,7 @@ class Teacher(Component):
                 raise ValueError("recipe stands alone: model and weights come from its run")
         elif self.weights is None:
             raise ValueError("a teacher needs weights, or a recipe that trains it")
-        elif self.model is None and self.weights.startswith(("pretrained", "hf-hub:")):
+        elif self.model is None and is_published(self.weights):
             raise ValueError("model is required with these weights")
         return self
 
@@ -167,17 +172,15 @@ class Recipe(Section):
         Raises:
             RecipeError: Listing every problem with its file, line and key.
         """
-        path = Path(path)
-        data, where = _read(path, ())
-        for text in overrides:
-            _override(data, where, text)
+        data, places = recipe_file.read(Path(path), overrides)
         problems = [*component.check(cls, data), *_component_problems(data, ())]
         if not problems:
             _spell_out(data)
             recipe = cls.model_validate(data)
             problems = list(_contradictions(recipe, ()))
         if problems:
-            raise RecipeError("\n".join(_line(place, what, where) for place, what in problems))
+            lines = [recipe_file.line(place, what, places) for place, what in problems]
+            raise RecipeError("\n".join(lines))
         return recipe
 
     def to_yaml(self) -> str:
@@ -187,13 +190,15 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """All that decides the result, as plain data: the recipe without places on disk."""
         data = self.model_dump()
-        for key in ("root", "download"):
+        for key in ("root", "download", "split_file"):
             del data["data"][key]
+        for spec in (data["student"], *data["teachers"]):
+            if spec["weights"] and not is_published(spec["weights"]):
+                del spec["weights"]  # the run compares their content instead
         for spec, teacher in zip(data["teachers"], self.teachers, strict=True):
+            del spec["name"]
             if teacher.recipe is not None:
                 spec["recipe"] = teacher.recipe.identity()
-            elif not (teacher.weights or "").startswith(("pretrained", "hf-hub:")):
-                del spec["weights"]  # the run compares their content instead
         return data
 
     def digest(self) -> str:
@@ -216,144 +221,94 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
     definitions["Teacher"]["properties"]["recipe"]["anyOf"].append({"type": "string"})
-    for model, key, package in _COMPONENTS:
+    for kind in _KINDS.values():
         branches = []
-        for name, definition in component.find(package).items():
+        for name, definition in component.find(kind.package).items():
             own = definition.keys.model_json_schema()
             definitions.update(own.pop("$defs", {}))
             rule = {"properties": own.get("properties", {}), "required": own.get("required", [])}
-            condition = {"properties": {key: {"const": name}}, "required": [key]}
+            condition = {"properties": {kind.key: {"const": name}}, "required": [kind.key]}
             branches.append({"if": condition, "then": rule})
-        for holder in (model, "Teacher") if model == "Model" else (model,):
-            definitions[holder]["allOf"] = branches
+        definitions[kind.section.__name__]["allOf"] = branches
     definitions["Augmentation"] = {"anyOf": [{"type": "string"}, definitions["Augmentation"]]}
     return schema
 
 
-# The section whose keys stand beside a component's own, by the key that names the component.
-_SECTIONS: dict[str, type[Component]] = {"name": Augmentation, "model": Teacher, "term": TermSpec}
+class _Kind(NamedTuple):
+    """A kind of component: its section of the recipe, the key that names it, its package."""
 
-# Section of the recipe, the key that names the component, the package that holds it.
-_COMPONENTS = (
-    ("Augmentation", "name", "data.augment"),
-    ("Model", "model", "models.zoo"),
-    ("TermSpec", "term", "objectives"),
-)
+    section: type[Component]
+    key: str
+    package: str
 
 
-def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Location, str]]:
-    """The data of a recipe file, the recipes that its teachers name read in, and where each key is.
-
-    Raises:
-        RecipeError: If a file is missing, is not YAML, or names itself.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(
-            f"{path}: {(error.strerror or 'cannot be read').lower()}",
-            hint="`distill list recipes` shows the ready ones",
-        ) from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not a text file in UTF-8") from None
-    try:
-        data, lines = yamlio.load(text)
-    except yamlio.YamlError as error:
-        raise RecipeError("\n".join(f"{path}:{n}: {what}" for n, what in error.problems)) from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}:1: a recipe is a mapping of keys, got {data!r:.60}")
-    where = {place: f"{path}:{line}" for place, line in lines.items()}
-    teachers = data.get("teachers")
-    for i, spec in enumerate(teachers if isinstance(teachers, list) else ()):
-        if isinstance(spec, dict) and isinstance(spec.get("recipe"), str):
-            place: Location = ("teachers", i, "recipe")
-            other = path.parent / spec["recipe"]
-            if other.resolve() in (path.resolve(), *parents):
-                raise RecipeError(f"{where[place]}: {component.dotted(place)}: names itself")
-            spec["recipe"], inner = _read(other, (*parents, path.resolve()))
-            spec.setdefault("name", other.stem)
-            where |= {(*place, *below): line for below, line in inner.items()}
-    return data, where
-
-
-def _override(data: Any, where: dict[Location, str], text: str) -> None:
-    key, equals, value = text.partition("=")
-    label = f"--set {text}"
-    if not equals or not key:
-        raise RecipeError(f"{label}: must be KEY=VALUE, such as --set optimizer.lr=0.1")
-    place: Location = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-    for i, part in enumerate(place):
-        if isinstance(data, list):
-            if not isinstance(part, int) or part >= len(data):
-                raise RecipeError(
-                    f"{label}: {component.dotted(place[:i])} is a list of {len(data)}"
-                    f", counted from 0; got {part!r}"
-                )
-        elif not isinstance(data, dict):
-            raise RecipeError(f"{label}: {component.dotted(place[:i])} has no keys below it")
-        if i == len(place) - 1:
-            try:
-                data[part] = yamlio.load(value)[0] if value else None
-            except yamlio.YamlError as error:
-                raise RecipeError(f"{label}: {error.problems[0][1]}") from None
-        else:
-            data = data.setdefault(part, {}) if isinstance(data, dict) else data[part]
-    for known in [k for k in where if k[: len(place)] == place]:
-        del where[known]
-    where[place] = label
+# By the last key of the place where they stand.
+_KINDS = {
+    "augment": _Kind(Augmentation, "name", "data.augment"),
+    "teachers": _Kind(Teacher, "model", "models.zoo"),
+    "student": _Kind(Model, "model", "models.zoo"),
+    "objective": _Kind(TermSpec, "term", "objectives"),
+}
 
 
 def _component_problems(data: Any, at: Location) -> Iterator[tuple[Location, str]]:
     """Unknown components and wrong arguments, in raw data that may be wrong in other ways too."""
-    for place, spec, key, package in _component_specs(data):
-        name, known = spec.get(key), component.find(package)
+    for place, spec, kind in _specs(data):
+        name, known = spec.get(kind.key), component.find(kind.package)
         if not isinstance(name, str) or ":" in name or name.startswith(OUTSIDE_MODELS):
             continue
         if name not in known:
             yield (
-                (*at, *place, key),
-                f"unknown {key} {name!r}" + component.suggestion(name, sorted(known)),
+                (*at, *place, kind.key),
+                f"unknown {kind.key} {name!r}" + component.suggestion(name, sorted(known)),
             )
             continue
-        declared = _SECTIONS[key].model_fields
-        own = {k: v for k, v in spec.items() if k not in declared}
-        for below, what in component.check(known[name].keys, own):
+        for below, what in component.check(known[name].keys, _own(spec, kind)):
             yield (*at, *place, *below), what
-    teachers = data.get("teachers")
-    for i, spec in enumerate(teachers if isinstance(teachers, list) else ()):
-        if isinstance(spec, dict) and isinstance(spec.get("recipe"), dict):
-            yield from _component_problems(spec["recipe"], (*at, "teachers", i, "recipe"))
+    for i, recipe in _nested(data):
+        yield from _component_problems(recipe, (*at, "teachers", i, "recipe"))
 
 
 def _spell_out(data: Any) -> None:
     """Write the defaults of every built-in component's arguments into data that is right."""
     augment = data["data"].get("augment", [])
     augment[:] = [{"name": spec} if isinstance(spec, str) else spec for spec in augment]
-    for _, spec, key, package in _component_specs(data):
-        if definition := component.find(package).get(spec.get(key)):
-            own = {k: v for k, v in spec.items() if k not in _SECTIONS[key].model_fields}
-            spec |= definition.keys.model_validate(own).model_dump()
-    for spec in data.get("teachers", []):
-        if isinstance(spec.get("recipe"), dict):
-            _spell_out(spec["recipe"])
+    for _, spec, kind in _specs(data):
+        if definition := component.find(kind.package).get(str(spec.get(kind.key))):
+            spec |= definition.keys.model_validate(_own(spec, kind)).model_dump()
+    for _, recipe in _nested(data):
+        _spell_out(recipe)
 
 
-def _component_specs(data: Any) -> Iterator[tuple[Location, dict[str, Any], str, str]]:
+def _specs(data: Any) -> Iterator[tuple[Location, dict[str, Any], _Kind]]:
+    """The components of raw data, and where they stand; not those of nested recipes."""
     section = data.get("data")
-    lists = {
-        ("data", "augment"): (section.get("augment") if isinstance(section, dict) else None),
+    holders: dict[Location, Any] = {
+        ("data", "augment"): section.get("augment") if isinstance(section, dict) else None,
         ("teachers",): data.get("teachers"),
         ("objective",): data.get("objective"),
     }
-    kinds = {"augment": ("name", "data.augment"), "teachers": ("model", "models.zoo")}
-    for place, specs in lists.items():
-        key, package = kinds.get(place[-1], ("term", "objectives"))
+    for place, specs in holders.items():
+        kind = _KINDS[str(place[-1])]
         for i, spec in enumerate(specs if isinstance(specs, list) else ()):
-            spec = {"name": spec} if isinstance(spec, str) and key == "name" else spec
+            spec = {"name": spec} if isinstance(spec, str) and kind.key == "name" else spec
             if isinstance(spec, dict):
-                yield (*place, i), spec, key, package
+                yield (*place, i), spec, kind
     if isinstance(data.get("student"), dict):
-        yield ("student",), data["student"], "model", "models.zoo"
+        yield ("student",), data["student"], _KINDS["student"]
+
+
+def _own(spec: dict[str, Any], kind: _Kind) -> dict[str, Any]:
+    """A component's own arguments."""
+    return {key: value for key, value in spec.items() if key not in kind.section.model_fields}
+
+
+def _nested(data: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The recipes of teachers, and which teachers' they are."""
+    teachers = data.get("teachers")
+    for i, spec in enumerate(teachers if isinstance(teachers, list) else ()):
+        if isinstance(spec, dict) and isinstance(spec.get("recipe"), dict):
+            yield i, spec["recipe"]
 
 
 def _needs_teacher(term: str) -> bool:
@@ -381,21 +336,17 @@ def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, st
         )
     if recipe.optimizer.warmup_epochs > train.epochs:
         yield (*at, "optimizer", "warmup_epochs"), f"longer than the run's {train.epochs} epochs"
-    if data.name == "folder" and data.root is None:
-        yield (*at, "data", "root"), "required for a folder of images"
+    if data.name != "digits" and data.root is None:
+        yield (*at, "data", "root"), f"required for {data.name}"
     if data.split_file and data.name != "folder":
         yield (*at, "data", "split_file"), "only a folder of images has one"
+    runs: dict[str, Recipe] = {}
     for i, teacher in enumerate(recipe.teachers):
-        if teacher.recipe is not None:
-            yield from _contradictions(teacher.recipe, (*at, "teachers", i, "recipe"))
-
-
-def _line(place: Location, what: str, where: dict[Location, str]) -> str:
-    known = place
-    while known and known not in where:
-        known = known[:-1]
-    key = component.dotted(place)
-    source = where.get(known, "")
-    if source.startswith("--set"):
-        return f"{source}: {what}"
-    return f"{source}: {key}: {what}" if key else f"{source}: {what}"
+        if teacher.recipe is None:
+            continue
+        yield from _contradictions(teacher.recipe, (*at, "teachers", i, "recipe"))
+        if teacher.name and runs.setdefault(teacher.name, teacher.recipe) != teacher.recipe:
+            yield (
+                (*at, "teachers", i),
+                f"another recipe has its run in {teacher.name!r}: give one a `name:`",
+            )

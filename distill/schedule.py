@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 
 from distill.component import Fraction
 
@@ -24,6 +24,12 @@ class Ramp(BaseModel):
     begin: Fraction = 0.0
     until: Fraction = 1.0
 
+    @model_validator(mode="after")
+    def _forward(self) -> Ramp:
+        if self.begin > self.until:
+            raise ValueError(f"begin {self.begin} lies after until {self.until}")
+        return self
+
 
 Schedule = Annotated[
     Annotated[float, Tag("number")] | Annotated[Ramp, Tag("ramp")],
@@ -41,9 +47,7 @@ def value(schedule: Schedule, progress: float) -> float:
         return float(schedule)
     span = max(schedule.until - schedule.begin, 1e-12)
     t = min(max((progress - schedule.begin) / span, 0.0), 1.0)
-    if schedule.shape == "cosine":
-        t = (1 - math.cos(math.pi * t)) / 2
-    return schedule.start + (schedule.end - schedule.start) * t
+    return schedule.start + (schedule.end - schedule.start) * _eased(t, schedule.shape)
 
 
 def learning_rate(progress: float, *, warmup: float, shape: str) -> float:
@@ -58,5 +62,9 @@ def learning_rate(progress: float, *, warmup: float, shape: str) -> float:
         return progress / warmup
     if shape == "constant":
         return 1.0
-    fall = Ramp(start=1.0, end=0.0, shape="cosine" if shape == "cosine" else "linear", begin=warmup)
-    return value(fall, progress)
+    return 1.0 - _eased((progress - warmup) / max(1.0 - warmup, 1e-12), shape)
+
+
+def _eased(t: float, shape: str) -> float:
+    """From 0 at t = 0 to 1 at t = 1."""
+    return (1 - math.cos(math.pi * t)) / 2 if shape == "cosine" else t

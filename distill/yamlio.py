@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -31,17 +32,14 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (PyYAML's own name)
 
 
-for _tag, _pattern, _first in (
-    ("null", r"^(?:null|Null|NULL|~|)$", ["n", "N", "~", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
-    (
-        "float",
-        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
-        list("-+.0123456789"),
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+_SCALARS = {
+    "null": re.compile(r"^(?:null|Null|NULL|~|)$"),
+    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
+    "int": re.compile(r"^[-+]?[0-9]+$"),
+    "float": re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
+}
+for _tag, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, None)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
@@ -59,7 +57,7 @@ def load(text: str) -> tuple[Any, dict[Path, int]]:
         node = loader.get_single_node()
         lines: dict[Path, int] = {}
         if node is None:
-            return {}, lines
+            return {}, {(): 1}
         problems: list[tuple[int, str]] = []
         _walk(node, (), lines, problems)
         if problems:
@@ -67,7 +65,7 @@ def load(text: str) -> tuple[Any, dict[Path, int]]:
         return loader.construct_document(node), lines
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlError([(line, f"character {error.character!r} is not allowed in YAML")]) from None
+        raise YamlError([(line, f"character U+{error.character:04X} is not allowed")]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlError([(mark.line + 1 if mark else 1, str(error.problem))]) from None
@@ -93,7 +91,14 @@ def _represent_float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
 
 
+def _represent_str(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    # PyYAML reads these line breaks of Unicode back as spaces unless they are escaped.
+    style = '"' if any(mark in value for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
 _Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(str, _represent_str)
 
 
 def _walk(
@@ -102,11 +107,13 @@ def _walk(
     lines.setdefault(path, node.start_mark.line + 1)
     if len(lines) > MAX_NODES:
         raise YamlError([(1, f"more than {MAX_NODES:,} values")])
+    if what := _fault(node):
+        problems.append((node.start_mark.line + 1, what))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                problems.append((line, "a key must be a single word"))
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                problems.append((line, "a key must be a word"))
                 continue
             here = (*path, key.value)
             if here in lines:
@@ -118,3 +125,18 @@ def _walk(
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             _walk(value, (*path, i), lines, problems)
+
+
+def _fault(node: yaml.Node) -> str:
+    """What is wrong with a value in itself: a foreign tag, or a number that no computer holds."""
+    kind = node.tag.rpartition(":")[2]
+    if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
+        if not _SCALARS[kind].match(node.value):
+            return f"{node.value!r:.40} is tagged as {kind}, and is none"
+        if kind == "int" and (len(node.value) > 20 or not -(2**63) <= int(node.value) < 2**63):
+            return f"{node.value:.40}: a whole number has at most 64 bits"
+        if kind == "float" and math.isinf(float(node.value)):
+            return f"{node.value:.40}: too large for a number"
+    elif kind not in ("str", "map", "seq"):
+        return f"the tag {node.tag!r} is not allowed"
+    return ""

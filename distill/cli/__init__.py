@@ -10,8 +10,12 @@ from typing import Annotated
 
 import typer
 
-from distill.cli import check, env, evaluate, init, train
-from distill.cli import list as listing
+from distill.cli.check import check
+from distill.cli.env import env
+from distill.cli.evaluate import evaluate
+from distill.cli.init import init
+from distill.cli.list import list_
+from distill.cli.train import train
 
 app = typer.Typer(
     help="Knowledge distillation for image classifiers: any CNN or ViT on either side.",
@@ -19,13 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train.train)
-app.command("distill", help="The same as `distill train`.")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("check")(check.check)
-app.command("init")(init.init)
-app.command("list")(listing.list_)
-app.command("env")(env.env)
+app.command("train")(train)
+app.command("distill", help="The same as `distill train`.")(train)
+app.command("evaluate")(evaluate)
+app.command("check")(check)
+app.command("init")(init)
+app.command("list")(list_)
+app.command("env")(env)
 
 
 def _version(wanted: bool) -> None:

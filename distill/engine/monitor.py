@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from distill import console
 from distill.errors import DivergedError
@@ -22,51 +23,58 @@ PLAIN_SECONDS = 10.0  # between two lines where the output is no terminal
 
 
 class Monitor:
-    """Losses as running means on the device; they are fetched once a row, never in between."""
+    """The losses of every step, left on the device until a row of metrics needs them."""
 
     def __init__(self, path: Path | None, names: list[str], device: torch.device) -> None:
         self.path = path  # None in all processes but one
         self.names = ["loss", *names]
-        self.sums = torch.zeros(len(self.names), device=device)
-        self.count = 0
+        self.device = device
+        self.fetched: list[list[float]] = []  # a list of losses for each step since the last row
+        self.waiting: list[Tensor] = []
 
     def add(self, losses: Losses) -> None:
-        """Count one step in. Waits for nothing."""
-        self.sums += torch.stack([losses.total, *losses.parts.values()]).float()
-        self.count += 1
+        """Count one step in. Waits for nothing, and computes nothing."""
+        self.waiting += (losses.total, *losses.parts.values())
 
     def means(self, step: int) -> dict[str, float]:
-        """The means since the last row, over all processes, fetched from the device.
+        """The means since the last row, over all processes.
 
         Raises:
             DivergedError: If one of them is not a finite number.
         """
-        if not self.count:
-            return {}
-        sums = self.sums.clone()
+        self._fetch()
+        count = max(1, len(self.fetched))
+        means = [math.fsum(column) / count for column in zip(*self.fetched, strict=True)]
         if dist.is_initialized():
-            dist.all_reduce(sums)
-            sums /= dist.get_world_size()
-        return self._finite(sums.tolist(), step)
+            shared = torch.tensor(means, device=self.device)
+            dist.all_reduce(shared)
+            means = (shared / dist.get_world_size()).tolist()
+        return self._finite(means, step)
 
     def require_finite(self, step: int) -> None:
-        """Check this process's means, so that a checkpoint is only ever made of a sound run.
+        """Check this process's losses, so that a checkpoint is only ever made of a sound run.
 
         Raises:
             DivergedError: If one of them is not a finite number.
         """
-        if self.count:
-            self._finite(self.sums.tolist(), step)
+        self._fetch()
+        for losses in self.fetched:
+            self._finite(losses, step)
 
-    def _finite(self, sums: list[float], step: int) -> dict[str, float]:
-        means = {name: total / self.count for name, total in zip(self.names, sums, strict=True)}
-        for name, value in means.items():
+    def _fetch(self) -> None:
+        if self.waiting:
+            values = torch.stack(self.waiting).float().view(-1, len(self.names))
+            self.fetched += values.tolist()
+            self.waiting.clear()
+
+    def _finite(self, values: list[float], step: int) -> dict[str, float]:
+        for name, value in zip(self.names, values, strict=True):
             if not math.isfinite(value):
                 raise DivergedError(
                     f"{name} is {value} at step {step}; checkpoints from before it are kept",
                     hint="a lower optimizer.lr, a longer warmup_epochs, or a clip_norm",
                 )
-        return means
+        return dict(zip(self.names, values, strict=True))
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl and begin new means.
@@ -74,8 +82,7 @@ class Monitor:
         A row holds nothing that depends on the clock: however often a run is cut and goes on,
         the file comes out the same, byte for byte.
         """
-        self.sums.zero_()
-        self.count = 0
+        self.fetched.clear()
         self.append(values)
 
     def append(self, values: Mapping[str, Any]) -> None:
@@ -87,12 +94,12 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """The means in work and the rows so far, for a checkpoint."""
         rows = self.path.read_text(encoding="utf-8") if self.path and self.path.exists() else ""
-        return {"sums": self.sums.tolist(), "count": self.count, "rows": rows}
+        self._fetch()
+        return {"losses": self.fetched, "rows": rows}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` gave; rows written after it are forgotten."""
-        self.sums.copy_(torch.tensor(state["sums"]))
-        self.count = state["count"]
+        self.fetched = state["losses"]
         if self.path is not None:
             self.path.write_text(state["rows"], encoding="utf-8")
 

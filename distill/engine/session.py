@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,8 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         PreflightError: If data or weights are missing.
     """
     autocast = machine.autocast(recipe.train.precision, here.device)
-    dataset = datasets.load(recipe.data)
+    with here.accelerator.local_main_process_first() if recipe.data.download else nullcontext():
+        dataset = datasets.load(recipe.data)
     loader = Loader(
         dataset,
         recipe.data,
@@ -136,8 +137,8 @@ def answers(
 
 def _placed(network: Network, here: Machine) -> Network:
     """On the device; convolutional networks channels-last, which is their kernels' own order."""
-    order = torch.channels_last if network.is_convolutional else torch.preserve_format
-    return network.to(device=here.device, memory_format=order)
+    network = network.to(here.device)
+    return network.to(memory_format=torch.channels_last) if network.is_convolutional else network
 
 
 def _together(networks: Sequence[Network], weights: list[float]) -> Teacher | None:

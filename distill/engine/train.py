@@ -148,7 +148,7 @@ def _run(
             # Weights, their average and two moments, in each checkpoint and in the one in work.
             storage.require_room(path, 4 * size * (checkpoint.KEEP + 1))
             storage.write(run.recipe, recipe.to_yaml().encode())
-        counter = _loop(recipe, run, session, here, stop)
+        counter = fit(recipe, run, session, here, stop)
         finished = _finish(recipe, run, session, here, counter)
         here.accelerator.free_memory()
         return finished
@@ -164,7 +164,7 @@ def _require_same_recipe(run: Run, recipe: Recipe) -> None:
             )
 
 
-def _loop(recipe: Recipe, run: Run, session: Session, here: Machine, stop: StopRequest) -> Counter:
+def fit(recipe: Recipe, run: Run, session: Session, here: Machine, stop: StopRequest) -> Counter:
     """Train to the last step, saving on the way."""
     loader, terms = session.loader, session.distiller.objective.weights
     total = recipe.train.epochs * loader.steps_per_epoch

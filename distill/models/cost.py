@@ -30,9 +30,9 @@ def flops(network: nn.Module, image_size: int) -> int:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            with torch.no_grad():
-                meta(torch.empty(1, 3, image_size, image_size, device="meta"))
+        math = sdpa_kernel(SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, math, torch.no_grad():
+            meta(torch.empty(1, 3, image_size, image_size, device="meta"))
         return int(counter.get_total_flops())
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -5,6 +5,7 @@ Each module beside this one is a term: `kd.py` is `term: kd`. To add a method, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,8 +30,7 @@ class Objective(nn.Module):
     ) -> Losses:
         """The weighted sum and its unweighted parts, each a mean over the batch."""
         parts = {name: term(student, teacher, batch).mean() for name, term in self.terms.items()}
-        total = sum(weights[name] * part for name, part in parts.items())
-        assert isinstance(total, Tensor)
+        total = functools.reduce(torch.add, [weights[name] * part for name, part in parts.items()])
         return Losses(total, parts, student.logits.detach())
 
     def weights_at(self, progress: float) -> dict[str, float]:

@@ -1,0 +1,253 @@
+"""Data sets: images and labels in a fixed order, and which of them are trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from PIL import Image
+
+from distill.data import folder, images, official, splits
+from distill.data.official import Triple
+from distill.errors import PreflightError, RecipeError
+from distill.recipe import Data
+
+T = TypeVar("T")
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+_FOLDER_SIZE = 224  # pixels; what most pretrained networks were trained at
+_MEMORY = 2**30  # bytes of decoded images up to which a folder is kept in memory
+_LISTED = 10  # bad files that an error names
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """All images of one official split, in canonical order; a sample's id is its position here.
+
+    Attributes:
+        labels: Class of every image.
+        pixels: The images, square and ready for evaluation; None if they stay in files.
+        files: One file an image; None if the pixels are in memory.
+    """
+
+    labels: Int64[np.ndarray, " N"]
+    pixels: UInt8[np.ndarray, "N H W C"] | None
+    files: tuple[Path, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test split over the same classes.
+
+    Attributes:
+        name: The recipe's name for it.
+        classes: Names; a label is a position here.
+        train: The training split, whole.
+        test: The split that results are reported on.
+        train_ids: Sorted ids of `train` that are trained on.
+        val_ids: Sorted ids of `train` that are held out for choices.
+        image_size: Pixels of the sides of an image.
+        mean: Of the training images in [0, 1], by channel; ImageNet's for a folder.
+        std: Standard deviation, likewise.
+        max_pixels: An image file with more counts as bad.
+        bad: Names of the training files that were left out because they are bad.
+        fingerprint: SHA-256 of the name, the classes, the labels, and the pixels of a published
+            set or the names and sizes of a folder's files.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Source
+    test: Source
+    train_ids: Int64[np.ndarray, " T"]
+    val_ids: Int64[np.ndarray, " V"]
+    image_size: int
+    mean: Triple
+    std: Triple
+    max_pixels: int
+    bad: tuple[str, ...]
+    fingerprint: str
+
+
+def load(data: Data) -> Dataset:
+    """The data set that a recipe's `data` section describes.
+
+    Raises:
+        RecipeError: If the section lacks a key that this set needs.
+        PreflightError: If files are missing, misplaced or bad images.
+        DamagedError: If a file of a published set is not in its format.
+    """
+    try:
+        root = None if data.root is None else Path(data.root).expanduser().absolute()
+    except RuntimeError:  # no user of that name
+        raise RecipeError(f"data.root: {data.root}: no such home directory") from None
+    if data.name == "folder":
+        assert root is not None, "the recipe checks this"
+        return _load_folder(data, root)
+    return _load_official(data, official.read(data.name, root, download=data.download))
+
+
+def _load_official(data: Data, published: official.Official) -> Dataset:
+    train, test = published.train, published.test
+    size = data.image_size or train.pixels.shape[1]
+    train_ids, val_ids = _ids(data, train.labels)
+    content: list[bytes | memoryview] = []
+    for split in (train, test):
+        shape = str(split.pixels.shape).encode()
+        content += [shape, split.labels.astype("<i8").tobytes(), split.pixels.data]
+    return Dataset(
+        name=data.name,
+        classes=published.classes,
+        train=Source(train.labels, _resized(train.pixels, size, data.eval_crop), None),
+        test=Source(test.labels, _resized(test.pixels, size, data.eval_crop), None),
+        train_ids=train_ids,
+        val_ids=val_ids,
+        image_size=size,
+        mean=published.mean,
+        std=published.std,
+        max_pixels=data.max_pixels,
+        bad=(),
+        fingerprint=_fingerprint(data.name, published.classes, content),
+    )
+
+
+def _load_folder(data: Data, root: Path) -> Dataset:
+    found = folder.scan(root, data.split_file)
+    size = data.image_size or _FOLDER_SIZE
+    # A random crop is cut from the whole image, so the files must stay at hand for it.
+    cropped = any(augmentation.name == "resized_crop" for augmentation in data.augment)
+    fits = (len(found.train) + len(found.test)) * size * size * 3 <= _MEMORY
+    in_memory = size if fits and not cropped else None
+    train, bad_train = _open(root, found.train, found.classes, data, in_memory)
+    test, bad_test = _open(root, found.test, found.classes, data, in_memory)
+    _refuse_bad(root, data, bad_train, bad_test)
+    train_ids, val_ids = _ids(data, train.labels, bad_train)
+    if lost := sorted(set(range(len(found.classes))) - set(train.labels[train_ids].tolist())):
+        names = ", ".join(repr(found.classes[label]) for label in lost)
+        raise PreflightError(f"{root}: classes without a usable training image: {names}")
+    content = []
+    for entries in (found.train, found.test):  # no file name contains NUL
+        rows = (f"{entry.name}\0{entry.label}\0{entry.size}\0" for entry in entries)
+        content.append(os.fsencode("".join(rows) + "\0"))
+    return Dataset(
+        name=data.name,
+        classes=found.classes,
+        train=train,
+        test=test,
+        train_ids=train_ids,
+        val_ids=val_ids,
+        image_size=size,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        max_pixels=data.max_pixels,
+        bad=tuple(found.train[i].name for i in bad_train),
+        fingerprint=_fingerprint(data.name, found.classes, content),
+    )
+
+
+def _fingerprint(name: str, classes: tuple[str, ...], content: Sequence[bytes | memoryview]) -> str:
+    digest = hashlib.sha256(json.dumps([name, classes]).encode())
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _ids(
+    data: Data, labels: Int64[np.ndarray, " N"], bad: Collection[int] = ()
+) -> tuple[Int64[np.ndarray, " T"], Int64[np.ndarray, " V"]]:
+    """Sorted ids to train on and to validate on. A bad image changes no other image's place."""
+    train, val = splits.held_out(labels, data.val, data.seed)
+    train = splits.subset(train, labels, data.fraction, data.seed)
+    bad_ids = np.array(list(bad), np.int64)
+    return np.setdiff1d(train, bad_ids), np.setdiff1d(val, bad_ids)
+
+
+def _resized(
+    pixels: UInt8[np.ndarray, "N H W C"], size: int, crop: float
+) -> UInt8[np.ndarray, "N size size C"]:
+    """The evaluation view of every image; the images themselves where that changes nothing."""
+    count, height, width, channels = pixels.shape
+    if (height, width, crop) == (size, size, 1.0):
+        return pixels
+    try:
+        views = np.empty((count, size, size, channels), np.uint8)
+    except (MemoryError, ValueError):
+        raise PreflightError(
+            f"data.image_size: {count:,} images of {size:,} x {size:,} pixels do not fit in memory",
+            hint="leave it out: a network scales its images itself",
+        ) from None
+
+    def resize(i: int) -> None:
+        image = Image.fromarray(pixels[i].squeeze(axis=-1) if channels == 1 else pixels[i])
+        views[i] = images.evaluation_view(image, size=size, crop=crop).reshape(views[i].shape)
+
+    _parallel(resize, count)
+    return views
+
+
+def _open(
+    root: Path, entries: list[folder.Entry], classes: tuple[str, ...], data: Data, size: int | None
+) -> tuple[Source, dict[int, str]]:
+    """A split of a folder, and what is wrong with its bad images by id.
+
+    With a `size` every image is decoded into memory; without, only the headers are read.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[entry.label] for entry in entries], np.int64)
+    files = tuple(root / entry.name for entry in entries)
+    pixels = None if size is None else np.zeros((len(files), size, size, 3), np.uint8)
+
+    def fault(i: int) -> str | None:
+        try:
+            if pixels is None or size is None:
+                images.check_header(files[i], max_pixels=data.max_pixels)
+            else:
+                image = images.decode(files[i], max_pixels=data.max_pixels)
+                pixels[i] = images.evaluation_view(image, size=size, crop=data.eval_crop)
+        except images.BadImageError as error:
+            return str(error)
+        return None
+
+    faults = {i: what for i, what in enumerate(_parallel(fault, len(files))) if what is not None}
+    return Source(labels, pixels, files if pixels is None else None), faults
+
+
+def _refuse_bad(root: Path, data: Data, train: dict[int, str], test: dict[int, str]) -> None:
+    """Raise one error that lists the bad images, unless they may be skipped."""
+    skip = data.on_bad_image == "skip"
+    bad = [*test.values(), *(() if skip else train.values())]
+    if not bad:
+        return
+    more = [f"and {len(bad) - _LISTED:,} more"] if len(bad) > _LISTED else []
+    lines = "\n  ".join(
+        [f"{root}: images that cannot be used: {len(bad):,}", *bad[:_LISTED], *more]
+    )
+    raise PreflightError(
+        lines,
+        hint="mend or remove them"
+        + ("; images of the test split are never skipped" if test else "")
+        + ("" if skip else "; `data.on_bad_image: skip` leaves bad training images out"),
+    )
+
+
+def _parallel(job: Callable[[int], T], count: int) -> list[T]:
+    """`[job(0), ..., job(count - 1)]`, in threads: Pillow lets go of the interpreter lock."""
+    chunks = [range(start, min(start + 16, count)) for start in range(0, count, 16)]
+    pool = ThreadPoolExecutor()
+    try:
+        done = pool.map(lambda chunk: [job(i) for i in chunk], chunks)
+        return [result for results in done for result in results]
+    finally:
+        pool.shutdown(cancel_futures=True)

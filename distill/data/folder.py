@@ -1,0 +1,199 @@
+"""A folder of images with one folder a class: what lies in it, in an order that never changes."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from distill.errors import PreflightError
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_LISTED = 10  # problems that an error names
+_LAYOUT = (
+    "images lie in train/CLASS/ and test/CLASS/ (or val/CLASS/), "
+    "or in CLASS/ with data.split_file saying which is which"
+)
+
+
+class Entry(NamedTuple):
+    """An image file."""
+
+    name: str  # relative to the root, with forward slashes
+    label: str  # its class folder
+    size: int  # bytes
+
+
+class Folder(NamedTuple):
+    """The classes, sorted, and the image files of both splits, sorted by name."""
+
+    classes: tuple[str, ...]
+    train: list[Entry]
+    test: list[Entry]
+
+
+def scan(root: Path, split_file: str | None) -> Folder:
+    """The image files below `root`, without opening any.
+
+    Splits are `root/train/CLASS/` and `root/test/CLASS/` (`val` or `validation` where there is no
+    `test`), or `root/CLASS/` parted by `split_file`. The classes are those of the training split;
+    another split is matched to them by name. Names that start with a dot, and `__MACOSX`, are
+    passed over; a class folder may have folders in it.
+
+    Args:
+        root: The folder.
+        split_file: A CSV file with the header `path,split`, where split is train or test and path
+            is relative to `root`; itself relative to `root`.
+
+    Raises:
+        PreflightError: If the folder has no such layout, a class folder has no image, or a split
+            has a class that the training split lacks.
+    """
+    if not root.is_dir():
+        raise PreflightError(f"{root}: no such folder", hint="see data.root in the recipe")
+    if split_file is not None:
+        train, test = _split(root / split_file, _images(root, root))
+    else:
+        train = _images(root / "train", root)
+        present = [name for name in ("test", "val", "validation") if (root / name).is_dir()]
+        if not present:
+            raise PreflightError(f"{root}: no test, val or validation folder", hint=_LAYOUT)
+        test = _images(root / present[0], root)
+    classes = sorted({entry.label for entry in train}, key=os.fsencode)
+    unknown = Counter(entry.label for entry in test if entry.label not in set(classes))
+    if unknown:
+        raise PreflightError(
+            f"{root}: classes of the test split that the training split lacks: "
+            + _listing(f"{name!r} ({count:,} images)" for name, count in unknown.items()),
+            hint="class folders are matched by their exact names",
+        )
+    return Folder(tuple(classes), train, test)
+
+
+def _images(folder: Path, root: Path) -> list[Entry]:
+    """The images of every class folder in `folder`, sorted by the bytes of their names."""
+    if not folder.is_dir():
+        raise PreflightError(f"{folder}: no such folder", hint=_LAYOUT)
+    resolved = folder.resolve()
+    above = {_identity(path) for path in (resolved, *resolved.parents)}
+    entries, empty = [], []
+    for label in sorted(item.name for item in _visible(folder) if _is_folder(item)):
+        path = folder / label
+        _check_class_name(path)
+        prefix = path.relative_to(root).as_posix()
+        found = [Entry(name, label, size) for name, size in _files(path, prefix, above)]
+        entries += found
+        if not found:
+            empty.append(repr(label))
+    if not entries:
+        raise PreflightError(f"{folder}: no class folder with an image in it", hint=_LAYOUT)
+    if empty:
+        raise PreflightError(
+            f"{folder}: class folders without an image: {_listing(empty)}",
+            hint=f"remove them, or put images there ({' '.join(_SUFFIXES)})",
+        )
+    return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+
+
+def _files(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    """Name and size of the image files in `folder` and below, the names starting with `prefix`.
+
+    A link to a folder above itself is not followed.
+    """
+    identity = _identity(folder)
+    if identity in above:
+        return
+    for item in _visible(folder):
+        name = f"{prefix}/{item.name}"
+        if _is_folder(item):
+            yield from _files(folder / item.name, name, above | {identity})
+        elif item.name.lower().endswith(_SUFFIXES):
+            yield name, _size(item)
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as items:
+            return [i for i in items if not i.name.startswith(".") and i.name != "__MACOSX"]
+    except OSError as error:
+        raise PreflightError(f"{folder}: {error.strerror}") from None
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
+def _size(item: os.DirEntry[str]) -> int:
+    """Bytes of a file; of a link that leads nowhere 0, so that decoding can name it."""
+    try:
+        return item.stat().st_size
+    except OSError:
+        return 0
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _check_class_name(folder: Path) -> None:
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError:
+        raise PreflightError(f"{str(folder)!r}: the name of a class must be UTF-8") from None
+
+
+def _split(path: Path, entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """The entries that a split file gives to train and to test; others belong to neither."""
+    by_name = {entry.name: entry for entry in entries}
+    chosen: dict[str, str] = {}
+    problems = []
+    for line, name, split in _rows(path):
+        if split not in ("train", "test"):
+            problems.append(f"line {line}: split must be train or test, got {split!r}")
+        elif name not in by_name:
+            problems.append(f"line {line}: no image {name!r} in a class folder")
+        elif chosen.setdefault(name, split) != split:
+            problems.append(f"line {line}: {name!r} is in both splits")
+    if problems:
+        raise PreflightError(f"{path}: {_listing(problems)}")
+    splits = {
+        which: [by_name[name] for name in by_name if chosen.get(name) == which]
+        for which in ("train", "test")
+    }
+    if empty := [which for which, chosen_entries in splits.items() if not chosen_entries]:
+        raise PreflightError(f"{path}: no image for {' and '.join(empty)}")
+    return splits["train"], splits["test"]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
+    """The line, image name and split of every row."""
+    try:
+        # utf-8-sig: Excel starts a file with a byte-order mark. surrogateescape: names are bytes.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            if not {"path", "split"} <= set(reader.fieldnames or ()):
+                raise PreflightError(f"{path}: the first line must be path,split")
+            for row in reader:
+                name = PurePosixPath(row["path"] or "").as_posix()  # without a leading ./
+                yield reader.line_num, name, (row["split"] or "").strip()
+    except csv.Error as error:
+        raise PreflightError(f"{path}: not a CSV file: {error}") from None
+    except OSError as error:
+        if isinstance(error, PreflightError):
+            raise
+        raise PreflightError(
+            f"{path}: {error.strerror}", hint="see data.split_file in the recipe"
+        ) from None
+
+
+def _listing(items: Iterable[str]) -> str:
+    items = list(items)
+    rest = f" and {len(items) - _LISTED:,} more" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + rest

@@ -1,0 +1,115 @@
+"""Image files as upright RGB pixels, whatever was stored; a damaged file is an error by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from distill.errors import PreflightError
+
+# What a file may hold, whatever its name. Pillow knows more, one of which (EPS) starts a program.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", TiffImageFile.format, WebPImageFile.format)
+
+
+class BadImageError(PreflightError):
+    """The file can be read, but it holds no image that can be used."""
+
+
+def decode(path: Path, *, max_pixels: int) -> Image.Image:
+    """The image in `path` as upright RGB with 8 bits a channel.
+
+    EXIF orientation is applied, transparency lies on white, an animation gives its first frame,
+    16-bit gray is divided by 257. The format is told from the content, not from the name.
+
+    Args:
+        path: A JPEG, PNG, WebP, BMP, GIF, TIFF or PNM file.
+        max_pixels: An image of more pixels is refused by its header, before it is decoded.
+
+    Raises:
+        BadImageError: If it is no image, cut short, damaged, too large, or has no known range.
+        PreflightError: If the file cannot be read.
+    """
+    with _opened(path, max_pixels) as image:
+        image.load()
+        with suppress(Exception):  # the pixels are sound; EXIF that cannot be read turns nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
+
+
+def check_header(path: Path, *, max_pixels: int) -> None:
+    """Raise as `decode` would, as far as the first bytes of the file tell."""
+    with _opened(path, max_pixels):
+        pass
+
+
+def evaluation_view(
+    image: Image.Image, *, size: int, crop: float
+) -> UInt8[np.ndarray, "size size *C"]:
+    """The centre of an image: its shorter side scaled to round(size / crop), then size x size cut.
+
+    Bilinear with antialias. Only what is kept is computed, so that a long strip costs no more
+    than a square.
+
+    Args:
+        image: RGB or gray.
+        size: Pixels of the result's sides.
+        crop: Part of the shorter side that is kept, in (0, 1].
+    """
+    shorter, target = min(image.size), round(size / crop)
+    spans = []
+    for length in image.size:
+        scaled = target * length // shorter
+        start = round((scaled - size) / 2)
+        spans.append((start * length / scaled, min((start + size) * length / scaled, length)))
+    (left, right), (top, bottom) = spans
+    box = (left, top, right, bottom)
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR, box))
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose header was read; every way in which Pillow can fail becomes one error."""
+    if not path.is_file():  # a pipe would wait for a writer
+        raise BadImageError(f"{path}: not a file")
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImageError(
+                    f"{path}: {image.width:,} x {image.height:,} pixels, "
+                    f"data.max_pixels allows {max_pixels:,}"
+                )
+            yield image
+    except (PreflightError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        what = "no image" if path.stat().st_size else "empty"
+        raise BadImageError(f"{path}: {what}") from None
+    except OSError as error:
+        if error.errno is not None:  # the disk or the network failed, not the image
+            raise PreflightError(f"{path}: {error.strerror}") from None
+        raise BadImageError(f"{path}: {error}") from None
+    # Decoders meet damaged bytes with nearly every exception there is, and a huge image with a
+    # warning where warnings are errors.
+    except Exception as error:
+        raise BadImageError(f"{path}: {error or type(error).__name__}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        raise ValueError(f"{'32-bit integer' if mode == 'I' else 'float'} pixels of unknown range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,299 @@
+"""A run rehearsed: every part built, one step made on two images, nothing kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from distill import models, objectives
+from distill.data import datasets
+from distill.data.datasets import Dataset
+from distill.data.loader import Loader
+from distill.engine import machine, optim
+from distill.engine.run import Run
+from distill.engine.session import trained
+from distill.engine.step import Distiller, train_step
+from distill.errors import DistillError
+from distill.models import cost, weights
+from distill.models.network import Network
+from distill.recipe import Recipe
+from distill.recipe import Teacher as TeacherSpec
+from distill.teacher import Ensemble, Live
+from distill.types import Batch
+
+CPU = torch.device("cpu")
+
+
+class Memory(NamedTuple):
+    """Bytes that training needs on each device, without its kernels' own workspace."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int  # of the weights, where the recipe has an `ema`
+    activations: int  # kept for the backward pass, for all images of a device
+    teachers: int
+    images: int
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(self)
+
+
+class Rehearsal(NamedTuple):
+    """What a run will be like."""
+
+    data: dict[str, Any]  # name, num_classes, train, val, test, image_size, bad
+    student: dict[str, Any]  # model, parameters, flops, reinitialised
+    teachers: list[dict[str, Any]]  # model, run, parameters, flops, trained_first
+    epochs: int
+    steps: int
+    batch_size: int
+    device_batch_size: int
+    memory: Memory
+    checkpoint: int  # bytes of one; a run directory holds two, and a third while it is written
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        memory = {**self.memory._asdict(), "total": self.memory.total}
+        return {**self._asdict(), "memory": memory}
+
+
+def rehearse(recipe: Recipe, path: Path, *, devices: int = 1) -> Rehearsal:
+    """Build all parts of the run in `path` and make one step on two images, on the CPU.
+
+    Teachers that are recipes without a run yet are rehearsed the same way. Nothing is written
+    but scratch files that are gone afterwards.
+
+    Args:
+        recipe: What would be trained.
+        path: The run directory that it would be trained in.
+        devices: How many share each batch.
+
+    Raises:
+        RecipeError: If a model, a term or an argument is unknown.
+        IncompatibleError: If parts of the recipe do not fit each other.
+        PreflightError: If data or weights are missing.
+        DamagedError: If a file of data or weights is damaged.
+    """
+    return _rehearse(recipe, path, devices, datasets.load(recipe.data))[0]
+
+
+def _rehearse(
+    recipe: Recipe, path: Path, devices: int, dataset: Dataset
+) -> tuple[Rehearsal, Network]:
+    batch_size = recipe.train.batch_size
+    seed = recipe.train.seed
+    loader = Loader(
+        dataset, recipe.data, batch_size=batch_size, train_seed=seed, device=CPU, world=devices
+    )
+    steps = recipe.train.epochs * loader.steps_per_epoch
+    loader.close()
+    student, teachers = _networks(recipe, path, devices, dataset)
+    memory, checkpoint = _step(
+        recipe, dataset, student, [network for network, _ in teachers], batch_size // devices
+    )
+    plan = Rehearsal(
+        data={
+            "name": dataset.name,
+            "num_classes": len(dataset.classes),
+            "train": len(dataset.train_ids),
+            "val": len(dataset.val_ids),
+            "test": len(dataset.test),
+            "image_size": dataset.image_size,
+            "bad": list(dataset.bad),
+        },
+        student={
+            **_cost(student, dataset.image_size),
+            "reinitialised": list(student.reinitialised),
+        },
+        teachers=[
+            {
+                **_cost(network, dataset.image_size),
+                "run": trained(spec, path, i).weights,
+                "trained_first": first is not None,
+                **({"steps": first.steps} if first else {}),
+            }
+            for i, (spec, (network, first)) in enumerate(
+                zip(recipe.teachers, teachers, strict=True)
+            )
+        ],
+        epochs=recipe.train.epochs,
+        steps=steps,
+        batch_size=batch_size,
+        device_batch_size=batch_size // devices,
+        memory=memory,
+        checkpoint=checkpoint,
+        warnings=_warnings(recipe, dataset, student),
+    )
+    return plan, student
+
+
+class _Taught(NamedTuple):
+    """A teacher, and the rehearsal of the run that trains it first, if there is one."""
+
+    network: Network
+    first: Rehearsal | None
+
+
+def _networks(
+    recipe: Recipe, path: Path, devices: int, dataset: Dataset
+) -> tuple[Network, list[_Taught]]:
+    """The student and the teachers; the faults of all of them in one error."""
+    faults: list[DistillError] = []
+    student, teachers = None, []
+    try:
+        student = models.build_student(recipe.student, **_known(dataset))
+    except DistillError as error:
+        faults.append(error)
+    for i, spec in enumerate(recipe.teachers):
+        try:
+            if spec.recipe is not None and spec.recipe.data != recipe.data:
+                own = datasets.load(spec.recipe.data)
+            else:
+                own = dataset
+            teachers.append(_teacher(spec, trained(spec, path, i), devices, own, dataset))
+        except DistillError as error:
+            faults.append(error)
+    if student is None or faults:
+        hints = dict.fromkeys(error.hint for error in faults if error.hint)
+        raise type(faults[0])("\n".join(map(str, faults)), hint="; ".join(hints))
+    return student, teachers
+
+
+def _known(dataset: Dataset) -> dict[str, Any]:
+    """What a network must know of the data."""
+    return {
+        "classes": dataset.classes,
+        "image_size": dataset.image_size,
+        "mean": dataset.mean,
+        "std": dataset.std,
+    }
+
+
+def _teacher(
+    spec: TeacherSpec, ready: TeacherSpec, devices: int, own: Dataset, dataset: Dataset
+) -> _Taught:
+    """The teacher as `dataset` will meet it; one without a run yet has its initial weights.
+
+    `ready` is the teacher with its run for weights, `own` the data that its recipe trains it on.
+    """
+    run = Run(Path(str(ready.weights)))
+    if spec.recipe is None or run.student.exists():
+        return _Taught(models.build_teacher(ready, **_known(dataset)), None)
+    first, network = _rehearse(spec.recipe, run.path, devices, own)
+    with tempfile.TemporaryDirectory() as scratch:  # so that it is read as the real one will be
+        stand_in = Run(Path(scratch))
+        stand_in.student.write_bytes(weights.to_bytes(network))
+        spec = ready.model_copy(update={"weights": scratch})
+        try:
+            return _Taught(models.build_teacher(spec, **_known(dataset)), first)
+        except DistillError as error:
+            message = str(error).replace(scratch, str(run.path))
+            raise type(error)(message, hint=error.hint) from None
+
+
+def _cost(network: Network, image_size: int) -> dict[str, Any]:
+    return {
+        "model": network.model,
+        "parameters": cost.parameters(network),
+        "flops": cost.flops(network, image_size),
+    }
+
+
+def _step(
+    recipe: Recipe, dataset: Dataset, student: Network, teachers: list[Network], images: int
+) -> tuple[Memory, int]:
+    """Memory of a device that gets `images` of each batch, and bytes of a checkpoint."""
+    distiller = Distiller(student, objectives.build(recipe.objective))
+    optimizer = optim.build(distiller, recipe.optimizer)
+    shares = [spec.weight for spec in recipe.teachers]
+    teacher = Ensemble([Live(network) for network in teachers], shares) if teachers else None
+
+    def kept(batch: Batch) -> int:
+        """Bytes that a step on `batch` keeps between its forward and backward pass."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in distiller.state_dict().values()}
+        found: dict[int, int] = {}
+
+        def remember(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(remember, lambda tensor: tensor):
+            train_step(
+                distiller,
+                teacher,
+                optimizer,
+                batch,
+                weights=distiller.objective.weights_at(0.5),
+                autocast=_autocast(recipe.train.precision),
+            )
+        return sum(found.values())
+
+    pair = _pair(recipe, dataset)
+    four = Batch(*(torch.cat([x, x]) for x in pair))
+    # Two sizes, because not all that is kept grows with the batch: autocast keeps cast weights.
+    few, more = kept(pair), kept(four)
+    slope = max(more - few, 0) / 2
+    state, _ = optim.state_tensors(optimizer)
+    model = _bytes(distiller.state_dict())
+    average = _bytes(student.state_dict()) if recipe.train.ema else 0
+    memory = Memory(
+        weights=model,
+        gradients=sum(p.nbytes for p in distiller.parameters() if p.requires_grad),
+        optimizer=_bytes(state),
+        average=average,
+        activations=max(round(few + slope * (images - 2)), 0),
+        teachers=sum(_bytes(network.state_dict()) for network in teachers),
+        images=pair.images[0].nbytes * images,
+    )
+    return memory, memory.weights + memory.optimizer + memory.average
+
+
+def _pair(recipe: Recipe, dataset: Dataset) -> Batch:
+    """The first two training images, augmented and mixed as the recipe says."""
+    loader = Loader(dataset, recipe.data, batch_size=2, train_seed=recipe.train.seed, device=CPU)
+    try:
+        return next(loader.epoch(0))
+    finally:
+        loader.close()
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _autocast(precision: str) -> AbstractContextManager[Any]:
+    """The recipe's precision, imitated where this CPU has no instructions for it."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast("cpu", dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def _warnings(recipe: Recipe, dataset: Dataset, student: Network) -> list[str]:
+    """What a user should know before the run."""
+    found = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        machine.autocast(recipe.train.precision, device)
+    except DistillError as error:
+        found.append(f"not on this machine: {error}")
+    if dataset.bad:
+        found.append(f"training images that are bad and left out: {len(dataset.bad):,}")
+    if student.reinitialised:
+        found.append(
+            f"student: {', '.join(student.reinitialised)} are drawn anew, because its weights know "
+            "other classes"
+        )
+    return found

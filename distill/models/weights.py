@@ -1,0 +1,210 @@
+"""Files of weights: safetensors with a description of the network they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from distill.errors import DamagedError, IncompatibleError, PreflightError, RecipeError
+from distill.models import backbones, timm_models
+from distill.models.network import Description, Network
+
+_KEY = "distill"  # of the file's metadata
+_FILE = "student.safetensors"  # in a run directory
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
+
+
+def to_bytes(network: Network) -> bytes:
+    """A safetensors file of the backbone's weights, complete with what rebuilds the network.
+
+    The names are the backbone's own, without a prefix; projectors and the order in which a teacher
+    gives its logits are no part of it.
+    """
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in network.backbone.state_dict().items()
+    }
+    return safetensors.torch.save(tensors, {_KEY: network.description.model_dump_json()})
+
+
+def load(path: str | Path, *, expected: Description | None = None) -> Network:
+    """The network that a file or a run directory holds, as it was saved.
+
+    A `module:function` model is imported if `expected` names it or `path` is a run directory, which
+    is the user's own. A lone file may come from anywhere: its word is not enough to run code.
+
+    Args:
+        path: A `.safetensors` file or a run directory.
+        expected: What the caller knows of it. The model must be the file's; a file of bare tensors
+            takes it whole, except that it has as many classes as the tensors say, without names.
+
+    Raises:
+        PreflightError: If there is no such file.
+        RecipeError: If it is a pickle, or does not say which network it holds.
+        DamagedError: If it is not safetensors, or not whole.
+        IncompatibleError: If the weights belong to another network, or a newer version wrote them.
+    """
+    path = Path(path).expanduser()
+    state, description = _read(path)
+    if description is None and expected is None:
+        raise RecipeError(
+            f"{path}: holds weights, but not the name of their network",
+            hint="name it in a recipe: model: NAME beside weights: FILE",
+        )
+    if description is None:
+        assert expected is not None
+        description = _bare(state, expected)
+    elif expected is not None and not _same_model(expected.model, description.model):
+        raise IncompatibleError(
+            f"{path}: holds {description.model}, the recipe says {expected.model}",
+            hint=f"set model: {description.model}",
+        )
+    elif expected is None and ":" in description.model and not path.is_dir():
+        raise RecipeError(
+            f"{path}: belongs to {description.model}, which is code outside distill",
+            hint=f"name it in a recipe: model: {description.model} beside weights: FILE",
+        )
+    backbone = backbones.build(
+        description.model,
+        description.arguments,
+        num_classes=description.num_classes,
+        image_size=description.image_size,
+    )
+    fill(backbone, state, origin=str(path))
+    return Network(backbone, description)
+
+
+def fill(
+    backbone: nn.Module, state: Mapping[str, Tensor], *, origin: str, but: Collection[str] = ()
+) -> None:
+    """Load `state` into `backbone`, every tensor of it except the names `but`.
+
+    Raises:
+        IncompatibleError: If names or shapes differ, with the first five of each kind.
+    """
+    own = {name: tensor for name, tensor in backbone.state_dict().items() if name not in but}
+    given = {name: tensor for name, tensor in state.items() if name not in but}
+    shapes = [
+        f"{name} is {tuple(given[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    faults = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": shapes,
+    }
+    found = [f"{kind}: {listed(names)}" for kind, names in faults.items() if names]
+    if found:
+        raise IncompatibleError(
+            f"{origin}: the weights belong to another network; {'; '.join(found)}",
+            hint="check model and its arguments, data.image_size, and the number of classes",
+        )
+    backbone.load_state_dict(given, strict=False)
+
+
+def fingerprint(network: Network) -> str:
+    """SHA-256 of all that decides the network's outputs, as 64 hex digits.
+
+    Covers the description, the order of classes, and name, type, shape and bytes of every tensor
+    of the backbone, sorted by name.
+    """
+    digest = hashlib.sha256()
+    selection = None if network.selection is None else network.selection.tolist()
+    digest.update(network.description.model_dump_json().encode())
+    digest.update(json.dumps(selection).encode())
+    for name, tensor in sorted(network.backbone.state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(plain.numpy())
+    return digest.hexdigest()
+
+
+def listed(names: list[str]) -> str:
+    """Up to five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Description | None]:
+    """The tensors of a safetensors file or run directory, and their description if it has one."""
+    file = _resolve(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            state = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+    except SafetensorError as error:
+        raise DamagedError(
+            f"{file}: not a whole safetensors file: {error}",
+            hint="copy it again from where it came, or train again",
+        ) from error
+    except OSError as error:
+        raise PreflightError(f"{file}: {error.strerror or error}") from error
+    recorded = metadata.get(_KEY)
+    return state, None if recorded is None else _describe(recorded, file)
+
+
+def _same_model(one: str, other: str) -> bool:
+    if one.startswith("timm/"):
+        return timm_models.without_tag(one) == timm_models.without_tag(other)
+    return one == other
+
+
+def _bare(state: Mapping[str, Tensor], expected: Description) -> Description:
+    """`expected`, with the number of classes that the classifier's shape tells."""
+    axes = backbones.head(expected.model, expected.arguments, image_size=expected.image_size)
+    counts = [
+        state[name].shape[axis]
+        for name, axis in axes.items()
+        if name in state and state[name].ndim > axis
+    ]
+    count = counts[0] if counts else expected.num_classes
+    return expected.model_copy(update={"num_classes": count, "classes": None})
+
+
+def _resolve(path: Path) -> Path:
+    """The file that a recipe's `weights` means."""
+    if path.suffix in _PICKLES:
+        raise RecipeError(
+            f"{path}: a pickle can run code when it is read, so only .safetensors files are",
+            hint='convert it once: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('')}"
+            ".safetensors')\"",
+        )
+    if path.is_dir():
+        path = path / _FILE
+        if not path.exists():
+            raise PreflightError(
+                f"{path.parent}: has no {_FILE}",
+                hint="a run directory has one when its training is done; run it to the end first",
+            )
+    if not path.exists():
+        raise PreflightError(
+            f"{path}: no such file or run directory",
+            hint="weights is a run directory, a .safetensors file, pretrained or hf-hub:OWNER/NAME",
+        )
+    return path
+
+
+def _describe(recorded: str, file: Path) -> Description:
+    try:
+        data = json.loads(recorded)
+        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > 1:
+            raise IncompatibleError(
+                f"{file}: written in format {data['format']}, this version knows format 1",
+                hint="upgrade distill: pip install --upgrade distill-kd",
+            )
+        return Description.model_validate_json(recorded)
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise DamagedError(
+            f"{file}: its description of the network is damaged: {error}",
+            hint="copy it again from where it came, or train again",
+        ) from error

@@ -1,0 +1,102 @@
+"""A recipe file as plain data, with the recipes it names, changed by `--set`; where each key is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill import component, yamlio
+from distill.component import Location
+from distill.errors import RecipeError
+
+Places = dict[Location, str]  # of a key: `file:line`, or the `--set` that gave it
+
+
+def read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Places]:
+    """The data of a recipe file, overrides applied and its teachers' recipes read in.
+
+    Raises:
+        RecipeError: If a file is missing, is not YAML or names itself, or an override has no
+            place to go.
+    """
+    data, places = _parse(path)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {text}: must be KEY=VALUE, such as --set optimizer.lr=0.1")
+        place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        if "recipe" in place[:-1]:
+            _inline(data, places, path, ())
+        _override(data, place, value, f"--set {text}")
+        for known in [known for known in places if known[: len(place)] == place]:
+            del places[known]
+        places[place] = f"--set {text}"
+    _inline(data, places, path, ())
+    return data, places
+
+
+def line(place: Location, what: str, places: Places) -> str:
+    """A problem as a line for the user: `file:line: key: what`."""
+    known = place
+    while known and known not in places:
+        known = known[:-1]
+    key = component.dotted(place)
+    source = places.get(known, "")
+    if source.startswith("--set"):
+        return f"{source}: {what}"
+    return f"{source}: {key}: {what}" if key else f"{source}: {what}"
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], Places]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: {(error.strerror or 'cannot be read').lower()}",
+            hint="`distill list recipes` shows the ready ones",
+        ) from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file in UTF-8") from None
+    try:
+        data, lines = yamlio.load(text)
+    except yamlio.YamlError as error:
+        raise RecipeError("\n".join(f"{path}:{n}: {what}" for n, what in error.problems)) from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of keys, got {data!r:.60}")
+    return data, {place: f"{path}:{number}" for place, number in lines.items()}
+
+
+def _inline(data: dict[str, Any], places: Places, path: Path, parents: tuple[Path, ...]) -> None:
+    """Put the recipes that teachers name, relative to `path`, in the place of their names."""
+    teachers = data.get("teachers")
+    for i, spec in enumerate(teachers if isinstance(teachers, list) else ()):
+        if isinstance(spec, dict) and isinstance(spec.get("recipe"), str):
+            place: Location = ("teachers", i, "recipe")
+            other = path.parent / spec["recipe"]
+            chain = (path.resolve(), *parents)
+            if other.resolve() in chain:
+                raise RecipeError(line(place, "names itself", places))
+            spec["recipe"], inner = _parse(other)
+            _inline(spec["recipe"], inner, other, chain)
+            spec.setdefault("name", other.stem)
+            places |= {(*place, *below): source for below, source in inner.items()}
+
+
+def _override(data: Any, place: Location, value: str, label: str) -> None:
+    """Put `value`, a piece of YAML, at `place`."""
+    for i, part in enumerate(place):
+        if isinstance(data, list):
+            if not isinstance(part, int) or part >= len(data):
+                raise RecipeError(
+                    f"{label}: {component.dotted(place[:i])} is a list of {len(data)}"
+                    f", counted from 0; got {part!r}"
+                )
+        elif not isinstance(data, dict):
+            raise RecipeError(f"{label}: {component.dotted(place[:i])} has no keys below it")
+        if i < len(place) - 1:
+            data = data.setdefault(part, {}) if isinstance(data, dict) else data[part]
+    try:
+        data[place[-1]] = yamlio.load(value)[0] if value else None
+    except yamlio.YamlError as error:
+        raise RecipeError(f"{label}: {error.problems[0][1]}") from None

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from distill.cli.env import EXTRAS, SECRETS
+from tests.cli.conftest import ROOT, process
+
+
+def findings(done: Any) -> dict[str, str]:
+    (line,) = done.stdout.splitlines()
+    return {finding["what"]: finding["mend"] for finding in json.loads(line)["findings"]}
+
+
+def test_versions_devices_and_machine(tmp_path: Path) -> None:
+    import torch
+
+    done = process("env", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["devices"][0]["device"] == "cpu"
+    assert found["devices"][0]["threads"] == 1  # OMP_NUM_THREADS of the test's process
+    assert isinstance(found["devices"][0]["bf16"], bool)
+    assert found["machine"]["cores"] >= 1
+    assert found["machine"]["free_disk"] > 0
+    assert found["machine"]["variables"]["OMP_NUM_THREADS"] == "1"
+    assert found["torch_build"].startswith("CUDA" if torch.version.cuda else "CPU")
+    for package in ("torchvision", "timm", "accelerate", "numpy", "pillow"):
+        assert found["versions"][package]
+
+
+def test_a_table_for_people_that_shows_no_secret(tmp_path: Path) -> None:
+    secrets = dict.fromkeys(SECRETS, "hf_do_not_tell")
+    folder = tmp_path / "[red]x[/y]"
+    folder.mkdir(parents=True)
+    for json_or_not in ([], ["--json"]):
+        done = process("env", *json_or_not, cwd=folder, env={**secrets, "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stderr
+        assert "HF_TOKEN" in done.stdout
+        assert "hf_do_not_tell" not in done.stdout + done.stderr
+    done = process("env", cwd=folder, env={"HF_HUB_OFFLINE": "1"})
+    assert "[red]x[/y]" in done.stdout
+    assert "unset HF_HUB_OFFLINE" in done.stderr
+    assert "HF_TOKEN" not in done.stdout
+
+
+def test_torchvision_of_another_index(tmp_path: Path) -> None:
+    (tmp_path / "torchvision.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = process("env", "--json", cwd=tmp_path, env=path)
+    assert done.returncode == 6
+    ((what, mend),) = [pair for pair in findings(done).items() if "torchvision" in pair[0]]
+    assert "operator torchvision::nms does not exist" in what
+    assert mend.startswith("pip install --force-reinstall torch torchvision")
+    done = process("env", cwd=tmp_path, env=path)
+    assert done.returncode == 6
+    assert "mend with: pip install --force-reinstall torch torchvision" in done.stderr
+
+
+def test_torch_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudnn.so.9: cannot open')\n")
+    done = process("env", "--json", cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == 6
+    assert findings(done)["torch cannot be loaded: libcudnn.so.9: cannot open"]
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra, modules in EXTRAS.items():
+        listed = project["optional-dependencies"][extra]
+        assert [requirement.partition(">")[0] for requirement in listed] == list(modules)
+    assert set(project["optional-dependencies"]) - set(EXTRAS) == {"test", "dev"}

@@ -1,0 +1,410 @@
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.data import augment, images, mixing, views
+from distill.data.datasets import Dataset, Source
+from distill.data.loader import Loader, evaluation_batches
+from distill.errors import IncompatibleError, PreflightError
+from distill.recipe import Data
+from distill.types import Batch
+
+CPU = torch.device("cpu")
+EVERYTHING = ["crop", "flip", "randaugment", "color_jitter", "erase"]
+
+
+def dataset(source: Source, size: int, *, left_out: int = 5) -> Dataset:
+    ids = np.arange(len(source))
+    return Dataset(
+        name="test",
+        classes=("ant", "bee", "cat", "dog"),
+        train=source,
+        test=source,
+        train_ids=ids[left_out:],
+        val_ids=ids[:left_out],
+        image_size=size,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+        max_pixels=10**6,
+        bad=(),
+        fingerprint="",
+    )
+
+
+def in_memory(num: int = 131, size: int = 16, channels: int = 3) -> Dataset:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (num, size, size, channels), dtype=np.uint8)
+    return dataset(Source(generator.integers(0, 4, num), pixels, None), size)
+
+
+@pytest.fixture(scope="module")
+def in_files(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """45 pictures of many shapes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    files = []
+    for number in range(45):
+        height, width = generator.integers(15, 60, 2)
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        files.append(folder / f"{number}.{'jpg' if number % 2 else 'png'}")
+        Image.fromarray(pixels).save(files[-1])
+    return dataset(Source(generator.integers(0, 4, 45), None, tuple(files)), 16)
+
+
+def data(**keys: Any) -> Data:
+    return Data(name="folder", root="unused", **keys)
+
+
+def loader(source: Dataset, recipe: Data, **keys: Any) -> Loader:
+    arguments = {"batch_size": 24, "train_seed": 3, "device": CPU} | keys
+    return Loader(source, recipe, **arguments)
+
+
+def digest(batch: Batch) -> str:
+    content = b"".join(part.contiguous().numpy().tobytes() for part in batch)
+    return hashlib.sha256(content).hexdigest()
+
+
+def digests(*loaders: Loader, start: int = 0) -> list[str]:
+    """One for every global batch of two epochs, the ranks' rows put together."""
+    found = []
+    for epoch in range(2):
+        ranks = [each.epoch(epoch, start=start) for each in loaders]
+        for parts in zip(*ranks, strict=True):
+            rows = zip(*parts, strict=True)
+            found.append(digest(Batch(*(torch.cat(columns) for columns in rows))))
+    for each in loaders:
+        each.close()
+    return found
+
+
+MEMORY_RECIPES = [
+    {"augment": ["crop", "flip"]},
+    {"augment": EVERYTHING, "mixup": 0.8, "cutmix": 1.0},
+    {"augment": ["flip", "resized_crop", "trivialaugment", "crop"], "cutmix": 1.0},
+    {"augment": [], "mixup": 0.2},
+]
+
+
+@pytest.mark.parametrize("keys", MEMORY_RECIPES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_in_memory_are_the_same_in_any_world_and_after_a_restart(
+    keys: dict[str, Any], channels: int
+) -> None:
+    source, recipe = in_memory(channels=channels), data(**keys)
+    whole = digests(loader(source, recipe))
+    assert len(whole) == len(set(whole)) == 2 * (126 // 24)
+    for world in (2, 3, 4):
+        ranks = [loader(source, recipe, rank=rank, world=world) for rank in range(world)]
+        assert digests(*ranks) == whole
+    assert digests(loader(source, recipe), start=3) == whole[3:5] + whole[8:]
+
+
+FILE_RECIPES = [
+    {"augment": ["resized_crop", "flip", "color_jitter", "erase"], "mixup": 0.8, "cutmix": 1.0},
+    {"augment": ["crop", "flip"], "eval_crop": 0.8},
+]
+
+
+@pytest.mark.parametrize("keys", FILE_RECIPES)
+def test_pixels_in_files_are_the_same_for_any_workers_and_world_and_after_a_restart(
+    in_files: Dataset, keys: dict[str, Any]
+) -> None:
+    recipe = data(**keys)
+    whole = digests(loader(in_files, recipe, batch_size=8))
+    assert len(whole) == len(set(whole)) == 10
+    for workers in (1, 2):
+        assert digests(loader(in_files, recipe, batch_size=8, workers=workers)) == whole
+    ranks = [
+        loader(in_files, recipe, batch_size=8, rank=rank, world=4, workers=rank % 2)
+        for rank in range(4)
+    ]
+    assert digests(*ranks) == whole
+    resumed = loader(in_files, recipe, batch_size=8, workers=2)
+    assert digests(resumed, start=2) == whole[2:5] + whole[7:]
+
+
+def test_a_view_is_what_its_seeds_say() -> None:
+    """The fused path in memory against the definition, one sample at a time."""
+    source = in_memory()
+    recipe = data(augment=["crop", "flip"], seed=9)
+    assert source.train.pixels is not None
+    crop, flip = augment.build(recipe.augment, seed=9)
+    seen = []
+    for batch in loader(source, recipe).epoch(4):
+        assert batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.views.tolist() == [4] * 24
+        for image, label, number in zip(batch.images, batch.labels, batch.ids, strict=True):
+            sample = int(number)
+            key = np.array([sample])
+            top, left = (int(value[0]) for value in crop.plan(key, 4, size=16).values())
+            pixels = np.pad(source.train.pixels[sample], ((2, 2), (2, 2), (0, 0)))
+            pixels = pixels[top : top + 16, left : left + 16]
+            if flip.plan(key, 4, size=16)["flip"][0]:
+                pixels = pixels[:, ::-1]
+            expected = torch.from_numpy(pixels.transpose(2, 0, 1) / np.float32(255))
+            assert torch.equal(image, expected)
+            assert label.tolist() == np.eye(4)[source.train.labels[sample]].tolist()
+            seen.append(sample)
+    order = views.epoch_order(126, data_seed=9, train_seed=3, epoch=4, view=4)
+    assert seen == source.train_ids[order[:120]].tolist()
+
+
+def test_a_mixed_view_is_what_its_seeds_say() -> None:
+    source, recipe = in_memory(), data(mixup=0.8, cutmix=1.0, seed=9)
+    alone = loader(source, data(seed=9)).epoch(2)
+    for plain, mixed in zip(alone, loader(source, recipe).epoch(2), strict=True):
+        assert torch.equal(plain.ids, mixed.ids)
+        draws = views.uniform(9, plain.ids[::2].numpy(), 2, stream=0, num=mixing.NUM_DRAWS)
+        plan = mixing.plan(draws, mixup=0.8, cutmix=1.0, height=16, width=16)
+        for pair in range(12):
+            first, second = plain.images[2 * pair], plain.images[2 * pair + 1]
+            weight = torch.full((1, 16, 16), float(plan["weight"][pair]))
+            top, bottom, left, right = plan["box"][pair]
+            weight[:, top:bottom, left:right] = 0
+            expected = first * weight + second * (1 - weight)
+            torch.testing.assert_close(mixed.images[2 * pair], expected, rtol=0, atol=1e-6)
+            share = float(plan["share"][pair])
+            labels = plain.labels[2 * pair] * share + plain.labels[2 * pair + 1] * (1 - share)
+            torch.testing.assert_close(mixed.labels[2 * pair], labels)
+
+
+def test_every_value_is_exactly_its_255th() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    source = Source(np.zeros(1, dtype=np.int64), pixels, None)
+    [batch] = loader(dataset(source, 16, left_out=0), data(), batch_size=1).epoch(0)
+    expected = np.arange(256, dtype=np.float32) / np.float32(255)
+    for channel in batch.images[0]:
+        assert np.array_equal(channel.numpy().ravel(), expected)
+
+
+def test_an_epoch_leaves_out_another_rest_each_time() -> None:
+    source = in_memory()
+    batches = loader(source, data(), batch_size=50)
+    assert batches.steps_per_epoch == 2
+    rests = []
+    for epoch in range(3):
+        ids = torch.cat([batch.ids for batch in batches.epoch(epoch)]).tolist()
+        assert len(ids) == len(set(ids)) == 100
+        assert set(ids) <= set(source.train_ids.tolist())
+        rests.append(frozenset(source.train_ids.tolist()) - set(ids))
+    assert len(set(rests)) == 3
+
+
+def test_a_chunk_boundary_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = in_memory(), data(augment=EVERYTHING, mixup=0.8)
+    whole = digests(loader(source, recipe))
+    monkeypatch.setattr("distill.data.loader._CHUNK", 50)
+    assert digests(loader(source, recipe)) == whole
+
+
+def test_no_global_random_state_is_read_or_moved(in_files: Dataset) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    for source in (in_memory(), in_files):
+        recipe = data(augment=["resized_crop", "randaugment"], mixup=0.8)
+        first = digests(loader(source, recipe, batch_size=8, workers=1))
+        assert torch.equal(torch.get_rng_state(), before)
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            assert digests(loader(source, recipe, batch_size=8)) == first
+
+
+@pytest.mark.parametrize(
+    ("keys", "mixes", "message", "hint"),
+    [
+        ({"batch_size": 127}, False, "127.*126 training images", "126 or less"),
+        ({"batch_size": 24, "world": 5}, False, "24 cannot be divided over 5", "20 or 25"),
+        ({"batch_size": 6, "world": 2}, True, "6 cannot be divided over 2.*pair", "4 or 8"),
+        ({"batch_size": 1}, True, "1 cannot be divided over 1", "such as 2$"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused(
+    keys: dict[str, int], mixes: bool, message: str, hint: str
+) -> None:
+    recipe = data(mixup=0.8 if mixes else 0.0)
+    with pytest.raises(IncompatibleError, match=message) as caught:
+        loader(in_memory(), recipe, **keys)
+    assert np.char.find(caught.value.hint, hint.rstrip("$")) >= 0
+    assert not hint.endswith("$") or caught.value.hint.endswith(hint[:-1])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_has_each_id_once(in_files: Dataset, world: int, workers: int) -> None:
+    recipe = data(augment=EVERYTHING, mixup=1.0, eval_crop=0.8)
+    assert in_files.test.files is not None
+    ids = np.arange(44, 7, -3)
+    seen: list[int] = []
+    for rank in range(world):
+        mine: list[int] = []
+        for pixels, labels, numbers in evaluation_batches(
+            in_files, in_files.test, ids, recipe,
+            batch_size=4, device=CPU, rank=rank, world=world, workers=workers,
+        ):  # fmt: skip
+            assert labels.tolist() == in_files.test.labels[numbers.numpy()].tolist()
+            for image, number in zip(pixels, numbers.tolist(), strict=True):
+                decoded = images.decode(in_files.test.files[number], max_pixels=10**6)
+                expected = images.evaluation_view(decoded, size=16, crop=0.8)
+                assert torch.equal(image, torch.tensor(expected).permute(2, 0, 1) / 255)
+                mine.append(number)
+        assert mine == ids[rank::world].tolist()
+        seen += mine
+    assert sorted(seen) == sorted(ids.tolist())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_evaluation_in_memory(channels: int) -> None:
+    source = in_memory(channels=channels)
+    assert source.test.pixels is not None
+    batches = list(
+        evaluation_batches(source, source.test, source.val_ids, data(), batch_size=3, device=CPU)
+    )
+    assert [len(ids) for _, _, ids in batches] == [3, 2]
+    pixels = torch.cat([images for images, _, _ in batches])
+    expected = torch.from_numpy(source.test.pixels[:5]).permute(0, 3, 1, 2) / 255
+    assert torch.equal(pixels, expected.expand(-1, 3, -1, -1))
+    none = evaluation_batches(source, source.test, np.arange(0), data(), batch_size=3, device=CPU)
+    assert list(none) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_file_is_the_error_that_names_it(tmp_path: Path, workers: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    files = tuple(tmp_path / f"{number}.png" for number in range(8))
+    for file in files:
+        Image.fromarray(pixels).save(file)
+    files[5].write_bytes(files[5].read_bytes()[:600])
+    source = dataset(Source(np.zeros(8, dtype=np.int64), None, files), 16, left_out=0)
+    batches = loader(source, data(augment=["resized_crop"]), batch_size=2, workers=workers)
+    with pytest.raises(PreflightError, match=r"5\.png") as caught:
+        list(batches.epoch(0))
+    assert "Traceback" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    batches.close()
+
+
+def children() -> set[int]:
+    own = Path(f"/proc/{os.getpid()}/task")
+    return {int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()}
+
+
+def gone(processes: set[int]) -> bool:
+    deadline = time.monotonic() + 20
+    while processes & children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not processes & children()
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="processes are listed in /proc"
+)
+
+
+@needs_proc
+def test_workers_stay_between_epochs_and_end_with_the_loader(in_files: Dataset) -> None:
+    before = children()
+    batches = loader(in_files, data(), batch_size=8, workers=2)
+    list(batches.epoch(0))
+    workers = children() - before
+    assert len(workers) >= 2
+    next(batches.epoch(1))  # left in the middle
+    whole = [digest(batch) for batch in batches.epoch(1)]
+    assert children() - before == workers
+    assert whole == [digest(batch) for batch in loader(in_files, data(), batch_size=8).epoch(1)]
+    batches.close()
+    gc.collect()
+    assert gone(workers)
+
+
+@needs_proc
+def test_a_killed_worker_is_an_error_that_says_so(in_files: Dataset) -> None:
+    before = children()
+    batches = loader(in_files, data(), batch_size=2, workers=1)
+    running: Iterator[Batch] = batches.epoch(0)
+    next(running)
+    [worker] = [pid for pid in children() - before if b"resource" not in cmdline(pid)]
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(PreflightError, match="died") as caught:
+        list(running)
+    assert "/dev/shm" in caught.value.hint
+    batches.close()
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+SCRIPT = """
+    import signal, sys
+    import numpy as np, torch
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_loader import data, dataset, loader
+    from distill.data.datasets import Source
+
+    if __name__ == "__main__":
+        files = tuple(sorted(Path({folder!r}).iterdir()))
+        source = Source(np.zeros(len(files), dtype=np.int64), None, files)
+        batches = loader(dataset(source, 16), data(), batch_size=8, workers=2)
+        caught = []
+        signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+        signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+        running = batches.epoch(0)
+        next(running)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        num = 1 + len(list(running))
+        print(num, len(caught), flush=True)
+        {end}
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise KeyError('of its own')"])
+def test_signals_to_the_group_leave_the_workers_to_the_main_process(
+    in_files: Dataset, end: str
+) -> None:
+    assert in_files.train.files is not None
+    folder = str(in_files.train.files[0].parent)
+    script = textwrap.dedent(SCRIPT).format(
+        tests=str(Path(__file__).parent), folder=folder, end=end
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate("\n", timeout=60)
+    assert out == "5 2\n"
+    assert ("KeyError" in err) == bool(end)
+    assert process.returncode == (1 if end else 0)
+
+
+def test_no_torchvision_is_imported() -> None:
+    """It takes seconds, and nothing here is its."""
+    code = "import distill.data.loader, sys; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,102 @@
+"""Two processes train the same model as one, and as one with its batch in pieces."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from distill.engine import launch
+from distill.engine.train import train
+from distill.recipe import Recipe
+from tests.engine.conftest import STUDENT
+
+# Without dropout, whose masks follow the process; LayerNorm has no statistics of the batch.
+PLAIN = STUDENT.replace("drop: 0.1", "drop: 0.0")
+
+
+@pytest.fixture
+def alone(recipes: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The recipe, and its run in one process."""
+    recipe = recipes(student=PLAIN)
+    out = tmp_path / "alone" / "run"
+    command = [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(out)]
+    subprocess.run(command, check=True, env=_environment())
+    return recipe, out
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _largest_difference(first: Path, second: Path) -> float:
+    a, b = (safetensors.torch.load_file(run / "student.safetensors") for run in (first, second))
+    assert a.keys() == b.keys()
+    for weights in (a, b):
+        # Softmax ignores a bias of the keys, so its gradient is rounding noise, and AdamW blows
+        # that up to whole steps. All other weights agree.
+        weights["blocks.0.attention.qkv.bias"].unflatten(0, (3, -1))[1].zero_()
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+
+
+def test_two_processes_and_two_micro_batches_equal_one(
+    alone: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, one = alone
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    two, pieces = tmp_path / "two" / "run", tmp_path / "pieces" / "run"
+    for run in (two, pieces):  # BatchNorm's statistics follow the process: one teacher for all
+        shutil.copytree(one.parent / "teacher", run.parent / "teacher")
+    assert launch.spawn(2, ["train", str(recipe), "--out", str(two)]) == 0
+    command = ["train", str(recipe), "--out", str(pieces), "--device-batch-size", "10"]
+    subprocess.run([sys.executable, "-m", "distill", *command], check=True)
+    for other in (two, pieces):
+        assert _largest_difference(one, other) <= 1e-5
+        rows, expected = (
+            [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            for run in (other, one)
+        )
+        assert [row["step"] for row in rows] == [row["step"] for row in expected]
+        for row, told in zip(rows, expected, strict=True):
+            if row["split"] == "train":
+                assert row["kd"] == pytest.approx(told["kd"], rel=1e-4) or other is pieces
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    assert results[0]["top1"] == results[1]["top1"]
+    assert results[0]["nll"] == pytest.approx(results[1]["nll"], abs=1e-5)
+
+
+def test_torchrun_and_accelerate_launch_start_it_as_it_is(
+    recipes: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = recipes(student=PLAIN.replace("epochs: 4", "epochs: 1"))
+    train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
+    starters = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
+    }
+    students = []
+    command = ["train", str(recipe), "--json"]
+    for name, starter in starters.items():
+        out = tmp_path / name / "run"
+        shutil.copytree(tmp_path / "teacher", out.parent / "teacher")
+        subprocess.run(
+            [sys.executable, "-m", *starter, "-m", "distill", *command, "--out", str(out)],
+            check=True,
+            env=_environment(),
+            capture_output=True,
+        )
+        students.append(out)
+    assert _largest_difference(*students) <= 1e-5
+
+
+def test_a_failing_process_ends_the_others_with_its_status(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {name: digits}\n")
+    assert launch.spawn(2, ["train", str(recipe)]) == 2

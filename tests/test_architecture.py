@@ -1,0 +1,175 @@
+"""The rules of the house, kept by tests."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer.main
+
+from distill import component
+from distill.cli import app
+from distill.recipe import Data
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "distill").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+NAMES = {path: str(path.relative_to(ROOT)) for path in FILES}
+
+every_file = pytest.mark.parametrize("path", FILES, ids=NAMES.get)
+
+MOST_LINES = 400
+MOST_LINES_OF_A_FUNCTION = 80
+HEAVY = {"torch", "torchvision", "timm", "accelerate", "numpy"}
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in a file, with the dotted name of what is called where it has one."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def keywords(call: ast.Call) -> dict[str | None, str]:
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+
+
+def test_layers_import_downwards_only() -> None:
+    found = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout
+    assert "0 broken" in found.stdout
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "distill",
+        "distill.cli",
+        "distill.recipe",
+        "distill.component",
+        "distill.schedule",
+        "distill.yamlio",
+        "distill.errors",
+        "distill.storage",
+        "distill.console",
+    ],
+)
+def test_nothing_heavy_is_imported_with(module: str) -> None:
+    script = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@every_file
+def test_no_code_is_run_from_data(path: Path) -> None:
+    banned = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    assert not banned & {name.partition(".")[0] for name in imports(path)}
+    for name, call in calls(path):
+        assert name not in ("eval", "exec", "compile", "__import__"), ast.unparse(call)
+        assert name not in ("os.system", "os.popen", "torch.hub.load"), ast.unparse(call)
+        assert not re.fullmatch(r"yaml\.(full_|unsafe_)?load(_all)?", name), ast.unparse(call)
+        if name in ("torch.load", "load_state_dict_from_url", "torch.hub.load_state_dict_from_url"):
+            assert keywords(call).get("weights_only") == "True", ast.unparse(call)
+        if name.startswith(("np.load", "numpy.load")):
+            assert keywords(call).get("allow_pickle") == "False", ast.unparse(call)
+        given = keywords(call)
+        assert given.get("shell", "False") == "False", ast.unparse(call)
+        assert given.get("trust_remote_code", "False") == "False", ast.unparse(call)
+
+
+@every_file
+def test_size(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MOST_LINES_OF_A_FUNCTION, node.name
+
+
+@every_file
+def test_imports_are_absolute(path: Path) -> None:
+    nodes = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.ImportFrom)]
+    assert not [ast.unparse(node) for node in nodes if node.level]
+
+
+@every_file
+def test_every_module_and_everything_public_says_what_it_is(path: Path) -> None:
+    tree = TREES[path]
+    if tree.body:
+        assert ast.get_docstring(tree), "no module docstring"
+    for holder in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))):
+        if isinstance(holder, ast.ClassDef) and holder.name.startswith("_"):
+            continue
+        for node in holder.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                inherited = isinstance(holder, ast.ClassDef) and holder.bases
+                assert ast.get_docstring(node) or inherited, node.name
+
+
+@every_file
+def test_no_drawer_for_odds_and_ends(path: Path) -> None:
+    assert not re.search(r"util|helper|manager|handler|callback|registry|misc", NAMES[path])
+
+
+@every_file
+def test_nothing_is_left_to_do(path: Path) -> None:
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text(encoding="utf-8"))
+
+
+def words(*names: str) -> list[str]:
+    """Those that the README does not name."""
+    readme = ROOT / "README.md"
+    assert readme.is_file()
+    text = readme.read_text(encoding="utf-8")
+    return [name for name in names if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
+
+
+def test_the_readme_names_every_command() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert words(*(f"distill {name}" for name in commands)) == []
+
+
+@pytest.mark.parametrize("package", ["objectives", "models.zoo", "data.augment"])
+def test_the_readme_names_every(package: str) -> None:
+    assert words(*component.find(package)) == []
+
+
+def test_the_readme_names_every_data_set() -> None:
+    assert words(*get_args(Data.model_fields["name"].annotation)) == []
+
+
+def options() -> Iterator[tuple[str, str | None]]:
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            yield f"{name} {parameter.opts[0]}", getattr(parameter, "help", None)
+
+
+def test_every_option_of_every_command_has_help() -> None:
+    found = dict(options())
+    assert len(found) > 20
+    assert [name for name, text in found.items() if not (text and text.endswith("."))] == []
