@@ -108,7 +108,10 @@ def load(package: str, name: str) -> Callable[..., Any]:
             raise RecipeError(
                 f"{name}: {error}", hint="a user's own part is named as module:attribute"
             ) from None
-    definition = find(package)[name]
+    known = find(package)
+    if name not in known:
+        raise RecipeError(f"unknown name {name!r}" + suggestion(name, sorted(known)))
+    definition = known[name]
     return typing.cast(
         Callable[..., Any],
         getattr(importlib.import_module(definition.module), definition.attribute),

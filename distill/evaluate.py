@@ -79,7 +79,7 @@ def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     best, predicted = log_p.max(dim=-1)
     own = log_p.gather(1, labels[:, None])
     # The label's rank with ties counted against it, so that constant logits score nothing.
-    ahead = (log_p >= own).sum(dim=-1)
+    ahead = (~(log_p < own)).sum(dim=-1)  # and so does nothing that is not a number
     return predicted, best.exp(), -own[:, 0], ahead <= 5
 
 
@@ -100,7 +100,8 @@ def scores(predictions: Predictions) -> Scores:
 def ece(confidence: Float[np.ndarray, " N"], correct: Bool[np.ndarray, " N"]) -> float:
     """Expected calibration error: Σ_b (n_b / N) |accuracy_b − mean confidence_b|.
 
-    Over 15 bins of equal width, each open below and closed above, as torchmetrics has them.
+    Over 15 bins of equal width, each open below and closed above, so that full confidence has
+    a place in the last one.
     Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks, 2017, arXiv:1706.04599.
 
     Args:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,7 +33,24 @@ def write(path: Path, data: bytes) -> None:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made, it cannot be removed either
+            temporary.unlink()
+        _refuse(path, error, len(data))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add `data` to the end of the file at `path`.
+
+    A crash or a full disk can leave a part of it there, as `write` never does: this is for files
+    whose true content is known elsewhere.
+
+    Raises:
+        PreflightError: If the disk is full, or the file cannot be written.
+    """
+    try:
+        with path.open("ab") as handle:
+            handle.write(data)
+    except OSError as error:
         _refuse(path, error, len(data))
 
 
@@ -98,7 +115,7 @@ def lock(folder: Path) -> Generator[None]:
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+")
+        handle = path.open("ab+", buffering=0)
     except OSError as error:
         _refuse(path, error, 0)
     with handle:
@@ -106,13 +123,13 @@ def lock(folder: Path) -> Generator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
-            holder = handle.read().strip() or "another process"
+            holder = handle.read().decode(errors="replace") or "another process"
             raise PreflightError(
                 f"{folder}: in use by {holder}", hint="wait for it, or give another --out"
             ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
+        with suppress(OSError):  # a full disk: the orphans may be what fills it
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         for orphan in folder.rglob(".*.tmp"):  # left by a process that was killed while writing
             shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
         yield

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill import storage
-from distill.errors import DamagedError, IdentityError
+from distill.errors import DamagedError, DivergedError, IdentityError
 
 FORMAT = 1
 KEEP = 2  # the newest, and one to fall back on should the disk damage it
@@ -33,8 +33,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, identity: Mapping[str, Any]) -
     """Write the checkpoint as `folder/step-N/`, then remove all but the newest two.
 
     Raises:
+        DivergedError: If a tensor holds a number that is not finite; nothing is written.
         PreflightError: If the disk is full; older checkpoints stay as they were.
     """
+    _require_finite(checkpoint)
     state = {
         "format": FORMAT,
         "step": checkpoint.step,
@@ -118,6 +120,18 @@ def differences(before: Any, now: Any, at: str = "") -> list[str]:
         pairs = enumerate(zip(before, now, strict=True))
         return [line for i, (b, n) in pairs for line in differences(b, n, f"{at}.{i}")]
     return [] if before == now else [f"{at}: {before!r:.80} -> {now!r:.80}"]
+
+
+def _require_finite(checkpoint: Checkpoint) -> None:
+    """The last step's loss may be sound, and its update ruin the weights."""
+    for stem, tensors in checkpoint.tensors.items():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise DivergedError(
+                    f"{stem}: {name} is not finite after step {checkpoint.step}; checkpoints from "
+                    "before it are kept",
+                    hint="a lower optimizer.lr, a longer warmup_epochs, or a clip_norm",
+                )
 
 
 def _compare(state: dict[str, Any], identity: Mapping[str, Any], path: Path) -> None:

@@ -88,7 +88,8 @@ def setup(
     )
     if workers is None:
         workers = max(1, min(8, cores // max(1, accelerator.num_processes) - 1))
-    if accelerator.device.type == "cpu" and os.getloadavg()[0] > cores / 2:
+    crowded = os.getloadavg()[0] > cores / 2 and torch.get_num_threads() > 1
+    if accelerator.device.type == "cpu" and crowded:
         console.warn(
             f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores} cores): threads that "
             "wait for each other can make training several times slower; try OMP_NUM_THREADS=1 or "

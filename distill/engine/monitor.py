@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from distill import console
+from distill import console, storage
 from distill.errors import DivergedError
 from distill.types import Losses
 
@@ -44,11 +44,12 @@ class Monitor:
         """
         self._fetch()
         count = max(1, len(self.fetched))
-        means = [math.fsum(column) / count for column in zip(*self.fetched, strict=True)]
+        means = [sum(column) / count for column in zip(*self.fetched, strict=True)]
         if dist.is_initialized():
             shared = torch.tensor(means, device=self.device)
             dist.all_reduce(shared)
             means = (shared / dist.get_world_size()).tolist()
+        self.require_finite(step)  # only now: no process may leave the others waiting above
         return self._finite(means, step)
 
     def require_finite(self, step: int) -> None:
@@ -58,8 +59,8 @@ class Monitor:
             DivergedError: If one of them is not a finite number.
         """
         self._fetch()
-        for losses in self.fetched:
-            self._finite(losses, step)
+        for at, losses in enumerate(self.fetched, start=step - len(self.fetched) + 1):
+            self._finite(losses, at)
 
     def _fetch(self) -> None:
         if self.waiting:
@@ -68,13 +69,14 @@ class Monitor:
             self.waiting.clear()
 
     def _finite(self, values: list[float], step: int) -> dict[str, float]:
-        for name, value in zip(self.names, values, strict=True):
-            if not math.isfinite(value):
+        found = dict(zip(self.names, values, strict=True))
+        for name in (*self.names[1:], self.names[0]):  # a term says more than their sum
+            if not math.isfinite(found[name]):
                 raise DivergedError(
-                    f"{name} is {value} at step {step}; checkpoints from before it are kept",
+                    f"{name} is {found[name]} at step {step}; checkpoints from before it are kept",
                     hint="a lower optimizer.lr, a longer warmup_epochs, or a clip_norm",
                 )
-        return dict(zip(self.names, values, strict=True))
+        return found
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl and begin new means.
@@ -88,8 +90,7 @@ class Monitor:
     def append(self, values: Mapping[str, Any]) -> None:
         """Append a row that closes no means."""
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(values)) + "\n")
+            storage.append(self.path, (json.dumps(dict(values)) + "\n").encode())
 
     def state(self) -> dict[str, Any]:
         """The means in work and the rows so far, for a checkpoint."""
@@ -101,7 +102,7 @@ class Monitor:
         """Put back what `state` gave; rows written after it are forgotten."""
         self.fetched = state["losses"]
         if self.path is not None:
-            self.path.write_text(state["rows"], encoding="utf-8")
+            storage.write(self.path, state["rows"].encode())
 
 
 class Display:

@@ -53,12 +53,20 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state: tensors by `number.key`, and every other value by the same names."""
+    """The optimizer's state: tensors by `number.key`, and every other value by the same names.
+
+    `group0.key` is what the parameters of a group share, as LAMB's count of steps; the settings
+    of a group follow from the recipe and the step, and are no part of the state.
+    """
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
-    for index, state in optimizer.state_dict()["state"].items():
+    whole = optimizer.state_dict()
+    for index, state in whole["state"].items():
         for key, value in state.items():
             (tensors if isinstance(value, Tensor) else others)[f"{index}.{key}"] = value
+    for index, group in enumerate(whole["param_groups"]):
+        shared = {f"group{index}.{k}": v for k, v in group.items() if isinstance(v, Tensor)}
+        tensors.update(shared)
     return tensors, others
 
 
@@ -67,7 +75,11 @@ def load_state(
 ) -> None:
     """Put back what `state_tensors` gave."""
     state: dict[int, dict[str, Any]] = {}
+    groups = optimizer.state_dict()["param_groups"]
     for name, value in (tensors | others).items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        owner, _, key = name.partition(".")
+        if owner.startswith("group"):
+            groups[int(owner.removeprefix("group"))][key] = value
+        else:
+            state.setdefault(int(owner), {})[key] = value
+    optimizer.load_state_dict({"param_groups": groups, "state": state})

@@ -23,7 +23,7 @@ from distill.engine.step import Distiller, train_step
 from distill.errors import DistillError
 from distill.models import cost, weights
 from distill.models.network import Network
-from distill.recipe import Recipe
+from distill.recipe import Data, Recipe
 from distill.recipe import Teacher as TeacherSpec
 from distill.teacher import Ensemble, Live
 from distill.types import Batch
@@ -121,7 +121,7 @@ def _rehearse(
                 **_cost(network, dataset.image_size),
                 "run": trained(spec, path, i).weights,
                 "trained_first": first is not None,
-                **({"steps": first.steps} if first else {}),
+                "steps": first.steps if first else 0,
             }
             for i, (spec, (network, first)) in enumerate(
                 zip(recipe.teachers, teachers, strict=True)
@@ -157,11 +157,8 @@ def _networks(
         faults.append(error)
     for i, spec in enumerate(recipe.teachers):
         try:
-            if spec.recipe is not None and spec.recipe.data != recipe.data:
-                own = datasets.load(spec.recipe.data)
-            else:
-                own = dataset
-            teachers.append(_teacher(spec, trained(spec, path, i), devices, own, dataset))
+            ready = trained(spec, path, i)
+            teachers.append(_teacher(spec, ready, devices, recipe.data, dataset))
         except DistillError as error:
             faults.append(error)
     if student is None or faults:
@@ -181,15 +178,16 @@ def _known(dataset: Dataset) -> dict[str, Any]:
 
 
 def _teacher(
-    spec: TeacherSpec, ready: TeacherSpec, devices: int, own: Dataset, dataset: Dataset
+    spec: TeacherSpec, ready: TeacherSpec, devices: int, data: Data, dataset: Dataset
 ) -> _Taught:
-    """The teacher as `dataset` will meet it; one without a run yet has its initial weights.
+    """The teacher as the student's `dataset` meets it; without a run yet, its initial weights.
 
-    `ready` is the teacher with its run for weights, `own` the data that its recipe trains it on.
+    `ready` is the teacher with its run for weights, `data` the section that gave `dataset`.
     """
     run = Run(Path(str(ready.weights)))
     if spec.recipe is None or run.student.exists():
         return _Taught(models.build_teacher(ready, **_known(dataset)), None)
+    own = dataset if spec.recipe.data == data else datasets.load(spec.recipe.data)
     first, network = _rehearse(spec.recipe, run.path, devices, own)
     with tempfile.TemporaryDirectory() as scratch:  # so that it is read as the real one will be
         stand_in = Run(Path(scratch))

@@ -12,17 +12,20 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from distill import evaluate, models, objectives
+from distill import console, evaluate, models, objectives
 from distill.data import datasets
 from distill.data.loader import Loader, evaluation_batches
 from distill.engine import machine, optim
 from distill.engine.machine import Machine
 from distill.engine.step import Distiller
+from distill.models import cost
 from distill.models.network import Network
 from distill.models.weights import fingerprint
 from distill.recipe import Recipe
 from distill.recipe import Teacher as TeacherSpec
 from distill.teacher import Ensemble, Live, Teacher
+
+TRIED_IMAGES = 256  # that a teacher is shown before training
 
 
 class Session(NamedTuple):
@@ -115,15 +118,58 @@ def trained(spec: TeacherSpec, path: Path, position: int) -> TeacherSpec:
     return spec.model_copy(update={"recipe": None, "weights": str(run)})
 
 
+def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
+    """Say what is about to happen, and try the teachers; return what they should be warned of.
+
+    A teacher that knows nothing of the data is usually one that is fed wrongly: other classes,
+    another normalisation, or weights that were never trained. It is tried on training images.
+    """
+    dataset, student = session.dataset, session.student
+    console.say(
+        f"{dataset.name}: {len(dataset.train_ids):,} training, {len(dataset.val_ids):,} validation "
+        f"and {len(dataset.test):,} test images of {dataset.image_size} px in "
+        f"{len(dataset.classes):,} classes"
+    )
+    warnings = []
+    chance = 1 / len(dataset.classes)
+    for network in session.teachers:
+        told = answers(network, "some", recipe, dataset, here)
+        top1 = evaluate.scores(told).top1
+        console.say(
+            f"teacher {network.model}: {cost.parameters(network):,} parameters, right "
+            f"on {top1:.1%} of {len(told.ids)} training images"
+        )
+        if top1 < 1.5 * chance:
+            warnings.append(
+                f"teacher {network.model} is right on {top1:.1%} of {len(told.ids)} "
+                f"training images, and chance is {chance:.1%}: mind its weights and classes"
+            )
+    console.say(
+        f"student {student.model}: {cost.parameters(student):,} parameters, "
+        f"{recipe.train.epochs:,} epochs of {session.loader.steps_per_epoch:,} steps"
+    )
+    if student.reinitialised:
+        console.say(f"drawn anew, for other classes: {', '.join(student.reinitialised)}")
+    return warnings
+
+
 def answers(
     network: nn.Module, split: str, recipe: Recipe, dataset: datasets.Dataset, here: Machine
 ) -> evaluate.Predictions:
-    """What the network says of the `test` split, or of the held-out `val` part of train."""
+    """What the network says of the `test` split, of the held-out `val` part of train, or of some.
+
+    "some" are training images, spread over all that are trained on.
+    """
     test = split == "test"
+    ids = {
+        "test": np.arange(len(dataset.test)),
+        "val": dataset.val_ids,
+        "some": dataset.train_ids[:: max(1, len(dataset.train_ids) // TRIED_IMAGES)],
+    }
     batches = evaluation_batches(
         dataset,
         dataset.test if test else dataset.train,
-        np.arange(len(dataset.test)) if test else dataset.val_ids,
+        ids[split],
         recipe.data,
         batch_size=max(1, recipe.train.batch_size // here.world),
         device=here.device,

@@ -17,7 +17,7 @@ from distill.engine.checkpoint import Checkpoint
 from distill.engine.machine import Machine, StopRequest
 from distill.engine.monitor import Display, Monitor
 from distill.engine.run import Result, Run
-from distill.engine.session import Session, answers, prepare, trained
+from distill.engine.session import Session, announce, answers, prepare, trained
 from distill.engine.step import Step, train_step
 from distill.errors import IdentityError, Stopped
 from distill.evaluate import Predictions
@@ -148,10 +148,12 @@ def _run(
             # Weights, their average and two moments, in each checkpoint and in the one in work.
             storage.require_room(path, 4 * size * (checkpoint.KEEP + 1))
             storage.write(run.recipe, recipe.to_yaml().encode())
-        counter = fit(recipe, run, session, here, stop)
-        finished = _finish(recipe, run, session, here, counter)
-        here.accelerator.free_memory()
-        return finished
+        try:
+            counter = fit(recipe, run, session, here, stop)
+            return _finish(recipe, run, session, here, counter)
+        finally:
+            session.loader.close()
+            here.accelerator.free_memory()
 
 
 def _require_same_recipe(run: Run, recipe: Recipe) -> None:
@@ -172,6 +174,10 @@ def fit(recipe: Recipe, run: Run, session: Session, here: Machine, stop: StopReq
     micro_batches = here.micro_batches(recipe.train.batch_size)
     monitor = Monitor(run.metrics if here.main else None, list(terms), here.device)
     step, seconds, warnings = _resume(run, session, monitor, here)
+    if step == 0:
+        warnings += announce(recipe, session, here)
+        for warning in warnings:
+            console.warn(warning)
     began, saved = time.monotonic() - seconds, time.monotonic()
     images = recipe.train.batch_size
     with Display(run.path.name, step, total, images, loader.steps_per_epoch) as display:
@@ -258,7 +264,7 @@ def _write_row(
     )
     if ratio is not None:
         row["gradient_ratio"] = value = float(ratio)
-        if not RATIO[0] <= value <= RATIO[1] and not warnings:
+        if not RATIO[0] <= value <= RATIO[1] and not any("gradient" in w for w in warnings):
             strong, weak = ("teacher", "labels") if value > 1 else ("labels", "teacher")
             warnings.append(
                 f"at step {step} the gradient from the {strong} is {max(value, 1 / value):.0f} "
@@ -324,7 +330,7 @@ def _finish(
     told = answers(student, "test", recipe, dataset, here)
     teachers = [
         {
-            "model": network.description.model,
+            "model": network.model,
             "run": spec.weights,
             "weight": spec.weight,
             "parameters": cost.parameters(network),
@@ -348,7 +354,7 @@ def _finish(
         steps=counter.step,
         seconds=round(counter.seconds, 3),
         images_per_second=round(images / max(counter.seconds, 1e-9), 1),
-        student=student.description.model,
+        student=student.model,
         teachers=teachers,
         parameters=cost.parameters(student),
         flops=cost.flops(student, dataset.image_size),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from distill.models.network import Network, on_meta
 
 
 def parameters(network: nn.Module) -> int:
@@ -15,7 +15,7 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def flops(network: nn.Module, image_size: int) -> int:
+def flops(network: Network, image_size: int) -> int:
     """Floating-point operations of one image's forward pass; a multiply-add counts as two.
 
     Counted on meta tensors, with attention written out: the counter sees neither PyTorch's fused
@@ -23,16 +23,16 @@ def flops(network: nn.Module, image_size: int) -> int:
     ViT-B/16).
 
     Args:
-        network: Takes images (B, 3, H, W).
-        image_size: H and W, in pixels.
+        network: The network; it is not run.
+        image_size: Side of the images in pixels.
     """
-    meta = copy.deepcopy(network).to("meta").eval()
+    meta = on_meta(network).eval().requires_grad_(False)
+    images = torch.empty(1, 3, image_size, image_size, device="meta")
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        math = sdpa_kernel(SDPBackend.MATH)
-        with FlopCounterMode(display=False) as counter, math, torch.no_grad():
-            meta(torch.empty(1, 3, image_size, image_size, device="meta"))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            meta(images)
         return int(counter.get_total_flops())
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -127,7 +127,7 @@ def probe(network: Network, image_size: int) -> None:
     images = torch.empty(1, 3, image_size, image_size, device="meta")
     try:
         with torch.no_grad():
-            logits = _on_meta(network).eval()(images).logits
+            logits = on_meta(network).eval()(images).logits
     except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise IncompatibleError(
@@ -145,7 +145,7 @@ def probe(network: Network, image_size: int) -> None:
         )
 
 
-def _on_meta(network: Network) -> Network:
+def on_meta(network: Network) -> Network:
     """A copy without values. The original is not run: some models cache what they compute."""
     memo: dict[int, Any] = {id(b): b.to("meta") for b in network.buffers()}
     memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in network.parameters()}

@@ -109,6 +109,10 @@ def test_a_teacher_that_is_trained(distill: Callable[..., Result], runs: Path) -
     seen = found(distill("check", recipe, "--json", "--set", weights))
     assert seen["teachers"][0]["trained_first"] is False
     assert seen["teachers"][0]["run"] == str(runs / "teacher")
+    shown = distill("check", recipe, "--set", weights)
+    assert shown.exit_code == 0
+    assert "teacher" in shown.stdout
+    assert "first" not in shown.stdout
 
 
 def test_the_faults_of_student_and_teachers_in_one_error(

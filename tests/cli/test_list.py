@@ -11,7 +11,6 @@ from typer.testing import Result
 from distill import component
 from distill.cli import list as listing
 from distill.recipe import Data, Recipe
-from tests.cli.conftest import process
 
 READY = sorted(
     str(path.relative_to(listing.recipes()).with_suffix(""))
@@ -56,14 +55,13 @@ def test_a_pattern(distill: Callable[..., Result]) -> None:
     assert "no models match 'zz*'" in nothing.stderr
 
 
-def test_models_of_other_libraries(tmp_path: Path) -> None:
-    done = process("list", "models", "timm/vit_tiny*", "--json", cwd=tmp_path)
-    found = [item["name"] for item in json.loads(done.stdout)["models"]]
+def test_models_of_other_libraries(distill: Callable[..., Result]) -> None:
+    found = names(distill("list", "models", "timm/vit_tiny*", "--json"), "models")
     assert "timm/vit_tiny_patch16_224" in found
     assert "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k" in found  # pretrained weights
     assert all(name.startswith("timm/vit_tiny") for name in found)
-    done = process("list", "models", "torchvision/resnet*", cwd=tmp_path)
-    assert "torchvision/resnet50" in done.stdout.split()
+    shown = distill("list", "models", "torchvision/resnet*")
+    assert "torchvision/resnet50" in shown.stdout.split()
 
 
 @pytest.mark.parametrize("name", READY)
