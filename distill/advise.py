@@ -72,7 +72,7 @@ def survey(path: Path) -> Survey:
     else:
         own_split = False
         root = root / "train" if (root / "train").is_dir() else root
-        entries = folder._images(root, root)
+        entries = folder.entries(root, root)
         bad_train, bad_test = {entry.name: what for entry, what in _bad(root, entries)}, {}
         train, test = _split([entry for entry in entries if entry.name not in bad_train])
     classes = tuple(sorted({entry.label for entry in train}))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from distill.errors import DivergedError
 from distill.types import Outputs
 
 BINS = 15  # equal-width confidence bins of the calibration error, as the literature counts them
@@ -79,7 +80,7 @@ def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     best, predicted = log_p.max(dim=-1)
     own = log_p.gather(1, labels[:, None])
     # The label's rank with ties counted against it, so that constant logits score nothing.
-    ahead = (~(log_p < own)).sum(dim=-1)  # and so does nothing that is not a number
+    ahead = (log_p >= own).sum(dim=-1)
     return predicted, best.exp(), -own[:, 0], ahead <= 5
 
 
@@ -88,7 +89,17 @@ def scores(predictions: Predictions) -> Scores:
 
     Computed in float64 from the sorted answers, so that the number of processes and the batch
     size leave no trace in them.
+
+    Raises:
+        DivergedError: If an answer is not finite: a rank among such logits would mean nothing.
     """
+    if broken := int((~np.isfinite(predictions.nll)).sum()):
+        raise DivergedError(
+            f"the network's answers to {broken:,} of {len(predictions.nll):,} images are not "
+            "finite numbers",
+            hint="it diverged in training: a lower optimizer.lr, a longer warmup_epochs, or a "
+            "clip_norm",
+        )
     return Scores(
         top1=float(predictions.correct.mean()),
         top5=float(predictions.top5.mean()),

@@ -62,7 +62,6 @@ def check(
 
 def _show(found: Rehearsal) -> None:
     """What takes part, what it costs, and what to do next."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -98,7 +97,7 @@ def _show(found: Rehearsal) -> None:
         ("checkpoint", f"{found.checkpoint / 1e6:,.1f} MB; a run keeps two while it writes a third")
     )
     for name, text in rows:
-        table.add_row(f"[bold]{name}[/]", escape(text))
+        table.add_row(f"[bold]{name}[/]", console.plain(text))
     console.out.print(table, highlight=False)
     for warning in found.warnings:
         console.warn(warning)

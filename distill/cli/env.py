@@ -205,7 +205,6 @@ def _show(
     machine: dict[str, Any],
     devices: list[dict[str, Any]],
 ) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -228,5 +227,5 @@ def _show(
         ]
         rows[device["device"]] = ", ".join(fact for fact in facts if fact)
     for name, text in rows.items():
-        table.add_row(f"[bold]{escape(name)}[/]", escape(text))
+        table.add_row(f"[bold]{console.plain(name)}[/]", console.plain(text))
     console.out.print(table, highlight=False)

@@ -98,6 +98,9 @@ def _evaluated(run: Path, data_root: Path | None, here: Machine) -> Evaluated:
     if data_root is not None:
         data = recipe.data.model_copy(update={"root": str(data_root)})
         recipe = recipe.model_copy(update={"data": data})
+    if here.device.type == "cpu":  # the run's own precision may be one that a GPU is needed for
+        train = recipe.train.model_copy(update={"precision": "fp32"})
+        recipe = recipe.model_copy(update={"train": train})
     dataset = datasets.load(recipe.data)
     network = weights.load(run).to(here.device)
     names = []
@@ -180,7 +183,6 @@ def _write(path: Path, one: Evaluated) -> None:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -192,8 +194,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
         table.add_column("gain in points", no_wrap=True)
     for row in rows:
         cells = [
-            escape(row["run"]),
-            escape(row["student"]),
+            console.plain(row["run"]),
+            console.plain(row["student"]),
             f"{row['parameters']:,}",
             f"{row['top1']:.2%}",
             f"{row['top5']:.2%}",
@@ -202,6 +204,6 @@ def _show(rows: list[dict[str, Any]]) -> None:
         ]
         if "gain" in row:
             low, high = (100 * end for end in row["gain_ci95"])
-            cells.append(escape(f"{100 * row['gain']:+.2f} [{low:+.2f}, {high:+.2f}]"))
+            cells.append(console.plain(f"{100 * row['gain']:+.2f} [{low:+.2f}, {high:+.2f}]"))
         table.add_row(*cells)
     console.out.print(table)

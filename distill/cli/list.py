@@ -221,14 +221,13 @@ def _with_teachers(path: Path) -> Iterable[Path]:
 
 
 def _show(items: Iterable[Item]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(2):
         table.add_column(overflow="fold")
     for item in items:
-        table.add_row(f"[bold]{escape(item.name)}[/]", escape(item.summary))
+        table.add_row(f"[bold]{console.plain(item.name)}[/]", console.plain(item.summary))
         for key, text in item.keys.items():
-            table.add_row(f"  {escape(key)}", escape(text))
+            table.add_row(f"  {console.plain(key)}", console.plain(text))
     console.out.print(table)

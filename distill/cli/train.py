@@ -81,22 +81,27 @@ def train(
 
 def _show(result: Result) -> None:
     """The box at the end: who is how good, at what size, and what to do next."""
-    from rich.markup import escape
+    from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for heading in ("", "model", "test top-1", "NLL", "parameters", "MFLOPs"):
         table.add_column(heading, justify="left" if heading in ("", "model") else "right")
-    for teacher in result.teachers:
-        cost = f"{teacher['parameters']:,}", f"{teacher['flops'] / 1e6:,.1f}"
-        table.add_row("teacher", escape(teacher["model"]), f"{teacher['top1']:.2%}", "", *cost)
-    cost = f"{result.parameters:,}", f"{result.flops / 1e6:,.1f}"
-    name = escape(result.student)
-    table.add_row("student", name, f"[bold]{result.top1:.2%}[/]", f"{result.nll:.3f}", *cost)
+    student = {"model": result.student, **result.to_json()}
+    networks = [("teacher", teacher) for teacher in result.teachers] + [("student", student)]
     if result.baseline is not None:
-        alone = result.baseline
-        table.add_row("  alone", name, f"{alone['top1']:.2%}", f"{alone['nll']:.3f}", *cost)
+        networks.append(("  alone", {"model": result.student, **result.baseline}))
+    for role, network in networks:
+        table.add_row(
+            role,
+            console.plain(network["model"]),
+            f"{network['top1']:.2%}",
+            f"{network['nll']:.3f}",
+            f"{network['parameters']:,}",
+            f"{network['flops'] / 1e6:,.1f}",
+            style="bold" if role == "student" else None,
+        )
     lines: list[str] = []
     if result.gain is not None and result.gain_ci95 is not None:
         low, high = (100 * end for end in result.gain_ci95)
@@ -110,10 +115,12 @@ def _show(result: Result) -> None:
         f"{result.epochs} epochs, {result.steps:,} steps in {result.seconds:.1f} s, "
         f"{result.images_per_second:,.0f} images/s"
     )
-    run = escape(result.run)
-    from rich.console import Group
-
-    following = f"next: distill evaluate {run}\n      distill train {run}/recipe.yaml --out …"
+    run = console.plain(result.run)
+    compared = f"{run}/baseline {run}" if result.baseline else run
+    following = (
+        f"next: distill evaluate {compared}\n"
+        f"      python -c \"import distill; student = distill.load('{run}')\""
+    )
     console.out.print(
         Panel(Group(table, "", *lines, "", following), title=run, title_align="left", expand=False)
     )

@@ -55,13 +55,13 @@ def scan(root: Path, split_file: str | None) -> Folder:
     if not root.is_dir():
         raise PreflightError(f"{root}: no such folder", hint="see data.root in the recipe")
     if split_file is not None:
-        train, test = _split(root / split_file, _images(root, root))
+        train, test = _split(root / split_file, entries(root, root))
     else:
-        train = _images(root / "train", root)
+        train = entries(root / "train", root)
         present = [name for name in ("test", "val", "validation") if (root / name).is_dir()]
         if not present:
             raise PreflightError(f"{root}: no test, val or validation folder", hint=_LAYOUT)
-        test = _images(root / present[0], root)
+        test = entries(root / present[0], root)
     classes = sorted({entry.label for entry in train}, key=os.fsencode)
     unknown = Counter(entry.label for entry in test if entry.label not in set(classes))
     if unknown:
@@ -73,29 +73,30 @@ def scan(root: Path, split_file: str | None) -> Folder:
     return Folder(tuple(classes), train, test)
 
 
-def _images(folder: Path, root: Path) -> list[Entry]:
+def entries(folder: Path, root: Path) -> list[Entry]:
     """The images of every class folder in `folder`, sorted by the bytes of their names."""
     if not folder.is_dir():
         raise PreflightError(f"{folder}: no such folder", hint=_LAYOUT)
     resolved = folder.resolve()
     above = {_identity(path) for path in (resolved, *resolved.parents)}
-    entries, empty = [], []
+    images: list[Entry] = []
+    empty = []
     for label in sorted(item.name for item in _visible(folder) if _is_folder(item)):
         path = folder / label
         _check_class_name(path)
         prefix = path.relative_to(root).as_posix()
         found = [Entry(name, label, size) for name, size in _files(path, prefix, above)]
-        entries += found
+        images += found
         if not found:
             empty.append(repr(label))
-    if not entries:
+    if not images:
         raise PreflightError(f"{folder}: no class folder with an image in it", hint=_LAYOUT)
     if empty:
         raise PreflightError(
             f"{folder}: class folders without an image: {_listing(empty)}",
             hint=f"remove them, or put images there ({' '.join(_SUFFIXES)})",
         )
-    return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    return sorted(images, key=lambda entry: os.fsencode(entry.name))
 
 
 def _files(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:

@@ -156,6 +156,6 @@ class Display:
         else:
             left = (self.total - step) * self.batch_size / max(rate, 1e-9)
             console.say(
-                f"{self.name}: epoch {step // self.epoch} step {step}/{self.total}  {text}  "
+                f"{self.name}: epoch {(step - 1) // self.epoch + 1} step {step}/{self.total}  {text}  "
                 f"{left:.0f} s left"
             )

@@ -40,7 +40,8 @@ def build(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
         case "lamb":
             from timm.optim.lamb import Lamb
 
-            return Lamb(settings, lr=spec.lr)
+            # It would clip at a norm of 1 by itself; the recipe's clip_norm says what is clipped.
+            return Lamb(settings, lr=spec.lr, max_grad_norm=None)
         case "muon":  # matrices and kernels are made orthogonal, all else moves by AdamW
             from timm.optim.muon import Muon
 

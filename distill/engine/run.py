@@ -26,7 +26,7 @@ class Result(NamedTuple):
     seconds: float  # in the training loop, over all starts of the run
     images_per_second: float
     student: str
-    teachers: list[dict[str, Any]]  # model, run, weight, parameters, flops, top1
+    teachers: list[dict[str, Any]]  # model, run, weight, parameters, flops, top1, ...
     parameters: int
     flops: int  # of one image's forward pass; a multiply-add counts as two
     run: str

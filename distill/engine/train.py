@@ -335,7 +335,7 @@ def _finish(
             "weight": spec.weight,
             "parameters": cost.parameters(network),
             "flops": cost.flops(network, dataset.image_size),
-            "top1": evaluate.scores(answers(network, "test", recipe, dataset, here)).top1,
+            **evaluate.scores(answers(network, "test", recipe, dataset, here))._asdict(),
         }
         for network, spec in zip(
             session.teachers,
