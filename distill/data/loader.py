@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -129,7 +130,9 @@ class Loader:
             )
             alphas = {"mixup": self._data.mixup, "cutmix": self._data.cutmix}
             pairs = to_device(mixing.plan(draws, **alphas, height=size, width=size), self._device)
-        return _Drawn(to_device(samples, self._device), plans, pairs)
+        columns = to_device(samples, self._device).device
+        steps = zip(*(torch.split(x, self._rows) for x in columns.values()), strict=True)
+        return _Drawn(list(steps), plans, pairs)
 
     def _batch(self, pixels: UInt8[Tensor, "b 3 S S"], drawn: _Drawn, step: int) -> Batch:
         rows = slice(step * self._rows, (step + 1) * self._rows)
@@ -142,12 +145,12 @@ class Loader:
         images = _to_float(pixels)
         if "weight" in pairs:
             images = mixing.blend(images, pairs["weight"])
-        samples = drawn.samples.rows(rows).device
+        ids, numbers, view = drawn.samples[step]
         labels = torch.zeros(len(images), len(self._dataset.classes), device=self._device)
-        labels.scatter_(1, samples["labels"], 1.0)
+        labels.scatter_(1, numbers, 1.0)
         if pairs:
             labels = mixing.blend(labels, pairs["share"])
-        return Batch(images, labels, samples["ids"], samples["views"])
+        return Batch(images, labels, ids, view)
 
 
 def evaluation_batches(
@@ -195,7 +198,7 @@ def evaluation_batches(
 class _Drawn(NamedTuple):
     """What was drawn for some steps."""
 
-    samples: Plan
+    samples: list[tuple[Tensor, ...]]  # ids, labels (B, 1) and views of each step
     plans: list[Plan]  # one a stage
     pairs: Plan | None
 
@@ -322,4 +325,9 @@ def _stored(
 def _to_float(pixels: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
     """The images in [0, 1]: value / 255 rounded to float32, the same on every device."""
     # CUDA would multiply by the rounded reciprocal of a number given as a scalar.
-    return pixels / torch.full((), 255.0, device=pixels.device)
+    return pixels / _full_scale(pixels.device)
+
+
+@cache
+def _full_scale(device: torch.device) -> Float[Tensor, ""]:
+    return torch.full((), 255.0, device=device)

@@ -24,25 +24,13 @@ class Machine(NamedTuple):
     """Where a run happens. Nothing here decides its result."""
 
     accelerator: Accelerator
+    device: torch.device
+    rank: int  # this process's number, from 0
+    world: int  # number of processes
     workers: int  # processes that decode images, for each training process
     device_batch_size: int | None  # most images at once on a device; None is all of its share
     compile: bool
     checkpoint_seconds: float
-
-    @property
-    def device(self) -> torch.device:
-        """This process's device."""
-        return torch.device(self.accelerator.device)
-
-    @property
-    def rank(self) -> int:
-        """This process's number, from 0."""
-        return int(self.accelerator.process_index)
-
-    @property
-    def world(self) -> int:
-        """The number of processes."""
-        return int(self.accelerator.num_processes)
 
     @property
     def main(self) -> bool:
@@ -97,7 +85,16 @@ def setup(
         )
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    return Machine(accelerator, workers, device_batch_size, compile, checkpoint_seconds)
+    return Machine(
+        accelerator=accelerator,
+        device=torch.device(accelerator.device),
+        rank=int(accelerator.process_index),
+        world=int(accelerator.num_processes),
+        workers=workers,
+        device_batch_size=device_batch_size,
+        compile=compile,
+        checkpoint_seconds=checkpoint_seconds,
+    )
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -155,7 +155,5 @@ class Display:
             self.bar.update(self.task, completed=step, text=text)
         else:
             left = (self.total - step) * self.batch_size / max(rate, 1e-9)
-            console.say(
-                f"{self.name}: epoch {(step - 1) // self.epoch + 1} step {step}/{self.total}  {text}  "
-                f"{left:.0f} s left"
-            )
+            where = f"epoch {(step - 1) // self.epoch + 1} step {step}/{self.total}"
+            console.say(f"{self.name}: {where}  {text}  {left:.0f} s left")

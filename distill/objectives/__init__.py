@@ -30,8 +30,10 @@ class Objective(nn.Module):
     ) -> Losses:
         """The weighted sum and its unweighted parts, each a mean over the batch."""
         parts = {name: term(student, teacher, batch).mean() for name, term in self.terms.items()}
-        total = functools.reduce(torch.add, [weights[name] * part for name, part in parts.items()])
-        return Losses(total, parts, student.logits.detach())
+        weighted = (
+            part if weights[name] == 1 else weights[name] * part for name, part in parts.items()
+        )
+        return Losses(functools.reduce(torch.add, weighted), parts, student.logits.detach())
 
     def weights_at(self, progress: float) -> dict[str, float]:
         """Each term's weight at `progress`, the finished fraction of the run in [0, 1]."""
