@@ -35,12 +35,15 @@ def batches(
     logits: Tensor, labels: Tensor, *, size: int, order: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     ids = torch.arange(len(labels)) if order is None else order
-    for part in ids.split(size):
+    for part in torch.split(ids, size):
         yield logits[part], labels[part], part
 
 
-def predict(logits: Tensor, labels: Tensor, **how: int) -> Predictions:
-    return evaluate.predict(Echo(logits.shape[1]), batches(logits, labels, **{"size": 64} | how))
+def predict(
+    logits: Tensor, labels: Tensor, *, size: int = 64, order: Tensor | None = None
+) -> Predictions:
+    shuffled = batches(logits, labels, size=size, order=order)
+    return evaluate.predict(Echo(logits.shape[1]), shuffled)
 
 
 def case(seed: int) -> tuple[Tensor, Tensor]:
@@ -103,9 +106,8 @@ def test_ece_is_the_plain_formula_in_float64(seed: int) -> None:
 
 
 def test_ece_at_the_ends() -> None:
-    for confidence, right, expected in ((1.0, 1, 0.0), (1.0, 0, 1.0), (0.0, 0, 0.0), (0.0, 1, 1.0)):
-        answers = np.full(7, confidence), np.full(7, bool(right))
-        assert evaluate.ece(*answers) == expected
+    for end, right, expected in ((1.0, 1, 0.0), (1.0, 0, 1.0), (0.0, 0, 0.0), (0.0, 1, 1.0)):
+        assert evaluate.ece(np.full(7, end), np.full(7, bool(right))) == expected
     # The bins are closed above: 0.2 = 3/15 shares one with 0.15, and their gaps cancel.
     confidence, correct = np.array([0.2, 0.15] * 20), np.array([False] * 33 + [True] * 7)
     assert evaluate.ece(confidence, correct) == pytest.approx(0.0, abs=1e-12)
@@ -152,7 +154,7 @@ def test_order_and_batches_leave_no_trace() -> None:
     assert expected.ids.tolist() == list(range(len(labels)))
     for seed, size in ((0, 1), (1, 7), (2, 1000)):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        found = predict(logits, labels, size=size, order=order)  # type: ignore[arg-type]
+        found = predict(logits, labels, size=size, order=order)
         for column, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(column, other)
 

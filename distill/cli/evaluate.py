@@ -189,11 +189,9 @@ def _show(rows: list[dict[str, Any]]) -> None:
     for heading in ("run", "student"):
         table.add_column(heading, overflow="fold")
     for heading in ("parameters", "top-1", "top-5", "NLL", "ECE"):
-        table.add_column(heading, justify="right")
-    if len(rows) > 1:
-        table.add_column("gain in points", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [
+        table.add_row(
             console.plain(row["run"]),
             console.plain(row["student"]),
             f"{row['parameters']:,}",
@@ -201,9 +199,11 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{row['top5']:.2%}",
             f"{row['nll']:.3f}",
             f"{row['ece']:.3f}",
-        ]
-        if "gain" in row:
-            low, high = (100 * end for end in row["gain_ci95"])
-            cells.append(console.plain(f"{100 * row['gain']:+.2f} [{low:+.2f}, {high:+.2f}]"))
-        table.add_row(*cells)
+        )
     console.out.print(table)
+    for row in rows[1:]:
+        low, high = (100 * end for end in row["gain_ci95"])
+        runs = f"{console.plain(row['run'])} over {console.plain(rows[0]['run'])}"
+        gain = f"{100 * row['gain']:+.2f} points"
+        interval = f"95 % interval over images {low:+.2f} to {high:+.2f}"
+        console.out.print(f"gain of {runs}: {gain} ({interval})", highlight=False)

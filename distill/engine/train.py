@@ -365,4 +365,8 @@ def _finish(
     if here.main:
         storage.write(run.student, weights.to_bytes(student))
         run.finish(result)
+    console.say(
+        f"{run.path}: test top1 {result.top1:.2%} after {result.epochs:,} epochs, "
+        f"{result.seconds:.1f} s"
+    )
     return result, told

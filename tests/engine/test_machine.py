@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 
 from distill.engine import machine
-from distill.engine.machine import Machine
 from distill.engine.train import train
 from distill.errors import IncompatibleError
 from distill.recipe import Recipe
@@ -85,22 +83,6 @@ def test_a_gpu_takes_both_halves(precision: str, dtype: torch.dtype) -> None:
     assert context.fast_dtype is dtype
 
 
-class Processes(Accelerator):
-    """As many processes as a test says."""
-
-    count = 1
-
-    @property
-    def num_processes(self) -> int:
-        return self.count
-
-
-def computer(world: int = 1, device_batch_size: int | None = None) -> Machine:
-    accelerator = Processes(cpu=True)
-    accelerator.count = world
-    return Machine(accelerator, 0, device_batch_size, compile=False, checkpoint_seconds=300.0)
-
-
 @pytest.mark.parametrize(
     ("batch_size", "world", "most", "pieces"),
     [
@@ -118,12 +100,14 @@ def computer(world: int = 1, device_batch_size: int | None = None) -> Machine:
 def test_a_share_is_cut_into_as_many_pieces_as_needed(
     batch_size: int, world: int, most: int | None, pieces: int
 ) -> None:
-    assert computer(world, most).micro_batches(batch_size) == pieces
+    here = machine.setup(workers=0, device_batch_size=most)._replace(world=world)
+    assert here.micro_batches(batch_size) == pieces
 
 
 def test_a_share_that_cannot_be_cut_evenly_is_refused() -> None:
+    here = machine.setup(workers=0, device_batch_size=5)._replace(world=2)
     with pytest.raises(IncompatibleError, match="5 does not divide the 12 images") as caught:
-        computer(2, 5).micro_batches(24)
+        here.micro_batches(24)
     assert caught.value.hint == "possible sizes: 1, 2, 3, 4, 6"
 
 

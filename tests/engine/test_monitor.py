@@ -35,6 +35,10 @@ def monitor(path: Path | None = None) -> Monitor:
     return Monitor(path, ["ce", "kd"], CPU)
 
 
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_a_row_holds_the_means_since_the_last_one(tmp_path: Path) -> None:
     told = monitor(tmp_path / "metrics.jsonl")
     for value in (1.0, 2.0, 6.0):
@@ -45,7 +49,7 @@ def test_a_row_holds_the_means_since_the_last_one(tmp_path: Path) -> None:
     assert told.means(4) == {"loss": 8.0, "ce": 0.0, "kd": 1.0}
     told.append({"step": 4, "split": "val"})  # closes no means
     assert told.means(4)["loss"] == 8.0
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path)
     assert rows == [{"step": 3, "loss": 3.0, "ce": 6.0, "kd": -3.0}, {"step": 4, "split": "val"}]
 
 
@@ -92,14 +96,14 @@ def test_infinities_of_both_signs_are_one_sentence_too() -> None:
     told = monitor()
     told.add(losses(math.inf, 1.0, math.inf))
     told.add(losses(-math.inf, 1.0, -math.inf))
-    with pytest.raises(DivergedError, match="^kd is inf at step 1; "):
+    with pytest.raises(DivergedError, match=r"^kd is inf at step 1; "):
         told.means(2)
 
 
 def test_a_sum_that_overflows_is_named_where_every_term_is_sound() -> None:
     told = monitor()
     told.add(losses(math.inf, 3e38, 3e38))
-    with pytest.raises(DivergedError, match="^loss is inf at step 1; "):
+    with pytest.raises(DivergedError, match=r"^loss is inf at step 1; "):
         told.means(1)
 
 
@@ -131,9 +135,9 @@ def finite(run: Path) -> bool:
 
 def test_a_run_that_diverges_is_one_sentence_and_leaves_nothing_broken(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
+    options = ["--out", "run", "--checkpoint-seconds", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "distill", "train", "recipe.yaml", "--out", "run"]
-        + ["--checkpoint-seconds", "0"],
+        [sys.executable, "-m", "distill", "train", "recipe.yaml", *options],
         cwd=tmp_path,
         env={**os.environ, "COLUMNS": "400", "NO_COLOR": "1"},
         capture_output=True,
@@ -158,11 +162,12 @@ def test_weights_that_the_last_step_ruined_are_not_saved(
 ) -> None:
     """The loss of every step is finite: only the weights tell, and what is validated with them."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    only = ["train.epochs=1", "train.batch_size=80", "optimizer.lr=3e38", "train.ema=0"]
+    only = ["train.epochs=1", "train.batch_size=80", "train.ema=0"]
+    only += ["optimizer.lr=3e38", "objective.0.weight=1e4"]
     recipe = Recipe.load(tmp_path / "recipe.yaml", [*only, f"data.val={val}"])
     with pytest.raises(DivergedError, match=said):
         train(recipe, tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rows = read_rows(tmp_path / "run")
     assert [row["split"] for row in rows] == ["train"]
     assert math.isfinite(rows[0]["loss"])
     assert not list((tmp_path / "run").rglob("*.safetensors"))
@@ -191,7 +196,7 @@ def test_rows_carry_no_clock(tmp_path: Path) -> None:
         train(sound, tmp_path / name)
     text = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
     assert text[0] == text[1]
-    rows: list[dict[str, Any]] = [json.loads(line) for line in text[0].splitlines()]
+    rows = read_rows(tmp_path / "one")
     train_rows = [row for row in rows if row["split"] == "train"]
     assert {key for row in train_rows for key in row} == {
         "step", "epoch", "split", "loss", "ce", "lr", "weight_ce",

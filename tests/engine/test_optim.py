@@ -45,7 +45,7 @@ ALL = {name for name, p in Small().named_parameters() if p.requires_grad}
 
 
 def spec(name: str, **keys: Any) -> Optimizer:
-    return Optimizer(**{"name": name, "lr": LR[name], "weight_decay": 0.1, **keys})  # type: ignore[arg-type]
+    return Optimizer(**{"name": name, "lr": LR[name], "weight_decay": 0.1, **keys})
 
 
 def fit(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> float:

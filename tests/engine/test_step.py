@@ -43,7 +43,8 @@ class Projected(Term):
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None
-        return (self.projector(student.logits) - teacher.logits).square().mean(dim=1)
+        distance: Tensor = self.projector(student.logits) - teacher.logits
+        return distance.square().mean(dim=1)
 
 
 def batches(count: int, size: int = 12) -> list[Batch]:

@@ -1,0 +1,103 @@
+"""Every ready recipe says what it is, is right, and trains."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill.engine.train import train
+from distill.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT)) for path in RECIPES]
+
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+
+
+def test_they_are_all_there() -> None:
+    assert len(RECIPES) >= 14
+    assert len(RECIPES) == len(list((ROOT / "recipes").rglob("*.y*ml")))
+    pairs = {f"{a}-to-{b}.yaml" for a in ("cnn", "vit") for b in ("cnn", "vit")}
+    for folder in ("cifar10", "fashion-mnist"):
+        found = {path.name for path in RECIPES if path.parent.name == folder}
+        assert found >= pairs | {"teacher-cnn.yaml", "teacher-vit.yaml"}
+
+
+@every_recipe
+def test_its_first_lines_say_what_it_does_how_to_run_it_and_what_came_out(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = [line.removeprefix("#").strip() for line in lines[: lines.index("")]]
+    assert all(line.startswith("#") for line in lines[: lines.index("")])
+    assert re.match(r"[A-Z].*[.,]", head[0])
+    (command,) = [line for line in head if line.startswith("distill ")]
+    assert command.startswith(f"distill train {path.relative_to(ROOT)}")
+    assert command.endswith(" --baseline") is bool(Recipe.load(path).teachers)
+    (measured,) = [line for line in head if line.startswith("Measured:")]
+    assert measured != "Measured:"
+
+
+def idx(path: Path, values: np.ndarray) -> None:
+    """Write an array of bytes as Fashion-MNIST's files are."""
+    header = bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes()
+    path.write_bytes(header + values.tobytes())
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few random images in the official formats: four a class to train on, two to test on."""
+    home, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    fashion, cifar = home / "FashionMNIST" / "raw", home / "cifar-10-batches-bin"
+    for folder in (fashion, cifar):
+        folder.mkdir(parents=True)
+    for name, count in (("train", 40), ("t10k", 20)):
+        pixels = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        idx(fashion / f"{name}-images-idx3-ubyte", pixels)
+        idx(fashion / f"{name}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        count = 20 if name == "test_batch" else 8
+        records = draw.integers(0, 256, (count, 1 + 3 * 32 * 32), dtype=np.uint8)
+        first = 0 if name == "test_batch" else 8 * (int(name[-1]) - 1)
+        records[:, 0] = (first + np.arange(count)) % 10
+        (cifar / f"{name}.bin").write_bytes(records.tobytes())
+    return home
+
+
+def shrunken(recipe: Recipe, home: Path, at: str = "") -> Iterator[str]:
+    """The overrides that leave two steps on a few images to a recipe and to its teachers'."""
+    changes: dict[str, object] = {
+        "train.epochs": 1,
+        "train.batch_size": 14,
+        "train.precision": "fp32",
+        "optimizer.warmup_epochs": 0,
+    }
+    if recipe.data.name == "digits":
+        changes["data.fraction"] = 0.04
+    else:
+        changes |= {"data.root": home, "data.download": "false"}
+    yield from (f"{at}{key}={value}" for key, value in changes.items())
+    for i, teacher in enumerate(recipe.teachers):
+        assert teacher.recipe is not None  # what a ready recipe needs is ready too
+        yield from shrunken(teacher.recipe, home, f"{at}teachers.{i}.recipe.")
+
+
+@every_recipe
+def test_it_trains_two_steps_on_a_few_images(path: Path, home: Path, tmp_path: Path) -> None:
+    whole = Recipe.load(path)
+    recipe = Recipe.load(path, list(shrunken(whole, home)))
+    assert recipe.student == whole.student
+    assert recipe.objective == whole.objective
+    result = train(recipe, tmp_path / "run")
+    assert result.steps == 2
+    assert math.isfinite(result.nll)
+    assert len(result.teachers) == len(whole.teachers)
+    assert (result.val_top1 is not None) is (whole.data.val > 0)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["top1"] == result.top1
+    for teacher in result.teachers:
+        assert json.loads((Path(teacher["run"]) / "result.json").read_text())["steps"] == 2
