@@ -131,7 +131,9 @@ class Optimizer(Section):
     """How the weights move."""
 
     name: Literal["sgd", "adamw", "lamb", "muon"] = "adamw"
-    lr: Positive = Field(description="peak learning rate, for the global batch")
+    lr: Annotated[float, Gt(0), Lt(1e30)] = Field(
+        description="peak learning rate, for the global batch"
+    )
     momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="sgd (Nesterov) and muon")
     weight_decay: NonNegative = 0.0
     decay: Literal["all", "matrices"] | None = Field(

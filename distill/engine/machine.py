@@ -41,7 +41,7 @@ class Machine(NamedTuple):
         """Pieces of this process's share of a global batch, so that none exceeds the device's.
 
         Raises:
-            IncompatibleError: If the share cannot be cut into equal pieces of an even size.
+            IncompatibleError: If the share cannot be cut into equal pieces.
         """
         share = batch_size // self.world
         if self.device_batch_size is None or self.device_batch_size >= share:

@@ -84,7 +84,9 @@ def train_step(
     else:
         scaler.step(optimizer)
         scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:  # as zero_grad does, less its profiler range of 15 us
+        for parameter in group["params"]:
+            parameter.grad = None
     parts = {name: part.detach() for name, part in losses.parts.items()}
     return Step(Losses(losses.total.detach(), parts, losses.logits), told, piece)
 

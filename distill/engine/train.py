@@ -26,6 +26,7 @@ from distill.recipe import Recipe
 
 ROW_STEPS = 50  # steps between two rows of metrics.jsonl, or an epoch where that is shorter
 RATIO = (0.05, 50.0)  # of teacher's to labels' gradient; outside it one of them decides alone
+RATIO_PART = 0.1  # of the run in which it counts: later the labels are learned, and pull no more
 
 
 class Counter(NamedTuple):
@@ -201,7 +202,9 @@ def fit(recipe: Recipe, run: Run, session: Session, here: Machine, stop: StopReq
                 step += 1
                 monitor.add(done.losses)
                 if row := step % row_steps == 0 or step == total:
-                    display.losses(_write_row(session, monitor, done, scales, step, warnings))
+                    written = _write_row(session, monitor, done, scales, step)
+                    display.losses({name: written[name] for name in monitor.names})
+                    _mind_balance(written, step / total, warnings)
                 if step % loader.steps_per_epoch == 0:
                     _validate(recipe, session, monitor, here, step)
                 display.step(step)
@@ -242,15 +245,13 @@ def _set_progress(
 
 
 def _write_row(
-    session: Session,
-    monitor: Monitor,
-    done: Step,
-    scales: dict[str, float],
-    step: int,
-    warnings: list[str],
+    session: Session, monitor: Monitor, done: Step, scales: dict[str, float], step: int
 ) -> dict[str, float]:
     """A row of metrics: the means since the last one, and how the step in work is balanced."""
     means = monitor.means(step)
+    ratio = session.distiller.objective.gradient_ratio(
+        done.losses.logits, done.told, done.batch, scales
+    )
     row = {
         "step": step,
         "epoch": (step - 1) // session.loader.steps_per_epoch + 1,
@@ -259,20 +260,23 @@ def _write_row(
         "lr": session.optimizer.param_groups[0]["lr"],
         **{f"weight_{name}": scale for name, scale in scales.items()},
     }
-    ratio = session.distiller.objective.gradient_ratio(
-        done.losses.logits, done.told, done.batch, scales
-    )
     if ratio is not None:
-        row["gradient_ratio"] = value = float(ratio)
-        if not RATIO[0] <= value <= RATIO[1] and not any("gradient" in w for w in warnings):
-            strong, weak = ("teacher", "labels") if value > 1 else ("labels", "teacher")
-            warnings.append(
-                f"at step {step} the gradient from the {strong} is {max(value, 1 / value):.0f} "
-                f"times the one from the {weak}, which hardly counts; mind weights and temperature"
-            )
-            console.warn(warnings[-1])
+        row["gradient_ratio"] = min(float(ratio), 1e12)  # JSON knows no infinity
     monitor.row(row)
-    return means
+    return row
+
+
+def _mind_balance(row: dict[str, float], progress: float, warnings: list[str]) -> None:
+    """Warn once if teacher or labels decide alone while there is still something to decide."""
+    ratio = max(row.get("gradient_ratio", 1.0), 1e-12)
+    said = any("gradient" in warning for warning in warnings)
+    if progress <= RATIO_PART and not said and not RATIO[0] <= ratio <= RATIO[1]:
+        strong, weak = ("teacher", "labels") if ratio > 1 else ("labels", "teacher")
+        warnings.append(
+            f"at step {row['step']} the gradient from the {strong} is {max(ratio, 1 / ratio):.0f} "
+            f"times the one from the {weak}, which hardly counts; mind weights and temperature"
+        )
+        console.warn(warnings[-1])
 
 
 def _validate(recipe: Recipe, session: Session, monitor: Monitor, here: Machine, step: int) -> None:
@@ -309,7 +313,7 @@ def _resume(run: Run, session: Session, monitor: Monitor, here: Machine) -> Coun
     found = checkpoint.load(run.checkpoints, identity=session.identity, warn=console.warn)
     if found is None:
         if here.main:
-            run.metrics.write_text("", encoding="utf-8")
+            storage.write(run.metrics, b"")
         return Counter(0, 0.0, [])
     session.distiller.load_state_dict(found.tensors["model"])
     optim.load_state(session.optimizer, found.tensors["optimizer"], found.values["optimizer"])

@@ -45,8 +45,7 @@ class Objective(nn.Module):
         """The pull of the teacher's terms on the logits over the pull of the labels' terms.
 
         ‖Σ w ∂(teacher terms)/∂z‖ / ‖Σ w ∂(label terms)/∂z‖ over the batch's logits z. Far from 1,
-        one side decides alone. None where either side has no term, or a term reads more than
-        logits.
+        one side decides alone. None where either side has no term of any weight.
         """
         norms: list[Tensor] = []
         for needs_teacher in (True, False):
@@ -55,7 +54,9 @@ class Objective(nn.Module):
                 pulls = [
                     weights[name] * term(Outputs(z), teacher, batch).mean()
                     for name, term in self.terms.items()
-                    if isinstance(term, Term) and term.needs_teacher is needs_teacher
+                    if isinstance(term, Term)
+                    and term.needs_teacher is needs_teacher
+                    and weights[name] != 0
                 ]
                 if not pulls:
                     return None
