@@ -131,7 +131,7 @@ class Optimizer(Section):
     """How the weights move."""
 
     name: Literal["sgd", "adamw", "lamb", "muon"] = "adamw"
-    lr: Annotated[float, Gt(0), Lt(1e30)] = Field(
+    lr: Annotated[float, Gt(0), Lt(3.4e38)] = Field(
         description="peak learning rate, for the global batch"
     )
     momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="sgd (Nesterov) and muon")
