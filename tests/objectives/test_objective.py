@@ -100,14 +100,12 @@ def test_there_is_no_gradient_ratio_of_one_side(
     assert objective.gradient_ratio(outputs[0].logits, outputs[1], batch, weights) is None
 
 
-def test_the_gradient_ratio_where_the_labels_pull_nothing(
+def test_no_gradient_ratio_where_the_labels_have_no_weight(
     batch: Batch, outputs: tuple[Outputs, Outputs]
 ) -> None:
     objective = build(specs({**CE, "weight": 0.0}, KD))
-    ratio = objective.gradient_ratio(outputs[0].logits, outputs[1], batch, {"ce": 0.0, "kd": 1.0})
-    assert ratio is not None
-    assert ratio.isfinite()
-    assert ratio > 1e6
+    weights = {"ce": 0.0, "kd": 1.0}
+    assert objective.gradient_ratio(outputs[0].logits, outputs[1], batch, weights) is None
 
 
 def test_terms_are_modules_of_the_objective() -> None:
