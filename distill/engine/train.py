@@ -142,7 +142,7 @@ def _run(
                     hint="give another --out, or `--restart` to replace it",
                 )
             console.say(f"{path}: finished already; --restart trains again")
-            return result, None
+            return result._replace(run=str(path)), None  # it may have been moved
         if here.main:
             state = session.distiller.state_dict().values()
             size = sum(tensor.numel() * tensor.element_size() for tensor in state)
