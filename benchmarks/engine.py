@@ -169,7 +169,7 @@ def main() -> None:
         **shape,
     )
     shape = {"augment": "[]", "size": 8, "batch": 16}
-    compare("tiny net, batch 16, 8 px", 2_000, 3 * options.repeats, model="engine:tiny", **shape)
+    compare("tiny net, batch 16, 8 px", 6_000, options.repeats, model="engine:tiny", **shape)
 
 
 if __name__ == "__main__":
