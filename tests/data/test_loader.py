@@ -367,10 +367,10 @@ SCRIPT = """
         signal.signal(signal.SIGINT, lambda *_: caught.append(1))
         signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
         running = batches.epoch(0)
-        next(running)
+        next(running), next(running)  # one from each worker: both have begun
         print("ready", flush=True)
         sys.stdin.readline()
-        num = 1 + len(list(running))
+        num = 2 + len(list(running))
         print(num, len(caught), flush=True)
         {end}
 """
