@@ -18,7 +18,7 @@ from distill.data.datasets import Dataset
 from distill.data.loader import Loader
 from distill.engine import machine, optim
 from distill.engine.run import Run
-from distill.engine.session import trained
+from distill.engine.session import facts, trained
 from distill.engine.step import Distiller, train_step
 from distill.errors import DistillError
 from distill.models import cost, weights
@@ -152,7 +152,7 @@ def _networks(
     faults: list[DistillError] = []
     student, teachers = None, []
     try:
-        student = models.build_student(recipe.student, **_known(dataset))
+        student = models.build_student(recipe.student, **facts(dataset))
     except DistillError as error:
         faults.append(error)
     for i, spec in enumerate(recipe.teachers):
@@ -167,16 +167,6 @@ def _networks(
     return student, teachers
 
 
-def _known(dataset: Dataset) -> dict[str, Any]:
-    """What a network must know of the data."""
-    return {
-        "classes": dataset.classes,
-        "image_size": dataset.image_size,
-        "mean": dataset.mean,
-        "std": dataset.std,
-    }
-
-
 def _teacher(
     spec: TeacherSpec, ready: TeacherSpec, devices: int, data: Data, dataset: Dataset
 ) -> _Taught:
@@ -186,7 +176,7 @@ def _teacher(
     """
     run = Run(Path(str(ready.weights)))
     if spec.recipe is None or run.student.exists():
-        return _Taught(models.build_teacher(ready, **_known(dataset)), None)
+        return _Taught(models.build_teacher(ready, **facts(dataset)), None)
     own = dataset if spec.recipe.data == data else datasets.load(spec.recipe.data)
     first, network = _rehearse(spec.recipe, run.path, devices, own)
     with tempfile.TemporaryDirectory() as scratch:  # so that it is read as the real one will be
@@ -194,7 +184,7 @@ def _teacher(
         stand_in.student.write_bytes(weights.to_bytes(network))
         spec = ready.model_copy(update={"weights": scratch})
         try:
-            return _Taught(models.build_teacher(spec, **_known(dataset)), first)
+            return _Taught(models.build_teacher(spec, **facts(dataset)), first)
         except DistillError as error:
             message = str(error).replace(scratch, str(run.path))
             raise type(error)(message, hint=error.hint) from None

@@ -71,12 +71,7 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         world=here.world,
         workers=here.workers,
     )
-    known: dict[str, Any] = {
-        "classes": dataset.classes,
-        "image_size": dataset.image_size,
-        "mean": dataset.mean,
-        "std": dataset.std,
-    }
+    known = facts(dataset)
     specs = [trained(spec, path, i) for i, spec in enumerate(recipe.teachers)]
     teachers = [_placed(models.build_teacher(spec, **known), here) for spec in specs]
     torch.manual_seed(recipe.train.seed)
@@ -108,6 +103,16 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         autocast=autocast,
         identity=identity,
     )
+
+
+def facts(dataset: datasets.Dataset) -> dict[str, Any]:
+    """What a network has to know of the data."""
+    return {
+        "classes": dataset.classes,
+        "image_size": dataset.image_size,
+        "mean": dataset.mean,
+        "std": dataset.std,
+    }
 
 
 def trained(spec: TeacherSpec, path: Path, position: int) -> TeacherSpec:

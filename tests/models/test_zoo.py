@@ -145,4 +145,4 @@ def test_our_own_networks_need_neither_timm_nor_torchvision() -> None:
         "backbones.build('vit', {}, num_classes=2, image_size=8)\n"
         "assert not {'timm', 'torchvision'} & set(sys.modules), 'imported'\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
