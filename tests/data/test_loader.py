@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -301,8 +302,11 @@ def test_a_bad_file_is_the_error_that_names_it(tmp_path: Path, workers: int) -> 
 
 
 def children() -> set[int]:
-    own = Path(f"/proc/{os.getpid()}/task")
-    return {int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
 
 
 def gone(processes: set[int]) -> bool:

@@ -144,3 +144,15 @@ def test_several_teachers_are_one_ensemble(recipes: Callable[..., Path], tmp_pat
     assert [teacher["weight"] for teacher in result.teachers] == [1.0, 3.0]
     assert (tmp_path / "second" / "result.json").exists()
     assert result.identity["teachers"][0] != result.identity["teachers"][1]
+
+
+@pytest.mark.soak
+def test_a_compiled_run_learns_the_same(run: tuple[Path, Path, str], tmp_path: Path) -> None:
+    recipe, out, _ = run
+    command = [sys.executable, "-m", "distill", "train", str(recipe), "--compile"]
+    subprocess.run([*command, "--out", str(tmp_path / "run")], check=True)
+    eager, compiled = (
+        json.loads((folder / "result.json").read_text()) for folder in (out, tmp_path / "run")
+    )
+    assert compiled["steps"] == eager["steps"]
+    assert compiled["nll"] == pytest.approx(eager["nll"], abs=1e-2)
