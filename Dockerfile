@@ -1,7 +1,7 @@
 # docker build --target cpu -t distill:cpu .       about 1 GB
 # docker build --target cuda -t distill:cuda .     with the CUDA libraries of the torch wheel
-# docker run --rm -v "$PWD:/work" distill:cpu train recipe.yaml
-# docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" distill:cuda train recipe.yaml
+# docker run --rm -v "$PWD:/workspace" distill:cpu train recipe.yaml
+# docker run --rm --gpus all --shm-size 8g -v "$PWD:/workspace" distill:cuda train recipe.yaml
 
 FROM python:3.12-slim AS base
 RUN useradd --create-home --uid 1000 distill
@@ -16,11 +16,11 @@ FROM base AS cpu
 RUN pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu \
  && pip install ".[onnx]"
 USER distill
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["distill"]
 
 FROM base AS cuda
 RUN pip install ".[onnx]"
 USER distill
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["distill"]
