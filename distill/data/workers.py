@@ -83,8 +83,11 @@ class Files:
                 if isinstance(pixels, DistillError):
                     raise pixels
                 yield pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except DistillError:
+            raise
+        except (RuntimeError, OSError, EOFError) as error:
+            # A dead worker is noticed by torch, or by the pipe that its pixels were coming through.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise PreflightError(
                 f"a process that decodes images died: {error}".splitlines()[0],
