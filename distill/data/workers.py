@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,20 +87,27 @@ class Files:
                 yield pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         except DistillError:
             raise
-        except (RuntimeError, OSError, EOFError) as error:
-            # A dead worker is noticed by torch, or by the pipe that its pixels were coming through.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
                 raise
-            raise PreflightError(
-                f"a process that decodes images died: {error}".splitlines()[0],
-                hint="most often memory or /dev/shm is full: fewer workers need less",
-            ) from None
+            raise _died(error) from None
+        except (OSError, EOFError) as error:  # the pipe that pixels were coming through broke
+            with suppress(RuntimeError):  # torch's own notice follows, from a signal's handler
+                time.sleep(1)
+            raise _died(error) from None
         finally:
             del batches  # or the traceback of an error would keep the workers running
 
     def close(self) -> None:
         """End the worker processes."""
         self._batches = None
+
+
+def _died(error: Exception) -> PreflightError:
+    return PreflightError(
+        f"a process that decodes images died: {error}".splitlines()[0],
+        hint="most often memory or /dev/shm is full: fewer workers need less",
+    )
 
 
 class _Requests(Sampler[_Request]):
