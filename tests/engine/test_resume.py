@@ -35,7 +35,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return recipe, processes.traces(folder / "run"), time.monotonic() - began
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "kills", [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+)
 def test_kill_9_at_random_points_leaves_no_trace(
     reference: tuple[Path, dict[str, bytes], float], tmp_path: Path, kills: int
 ) -> None:
