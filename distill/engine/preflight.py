@@ -18,14 +18,13 @@ from distill.data.datasets import Dataset
 from distill.data.loader import Loader
 from distill.engine import machine, optim
 from distill.engine.run import Run
-from distill.engine.session import facts, trained
+from distill.engine.session import facts, together, trained
 from distill.engine.step import Distiller, train_step
 from distill.errors import DistillError
 from distill.models import cost, weights
 from distill.models.network import Network
 from distill.recipe import Data, Recipe
 from distill.recipe import Teacher as TeacherSpec
-from distill.teacher import Ensemble, Live
 from distill.types import Batch
 
 CPU = torch.device("cpu")
@@ -205,7 +204,7 @@ def _step(
     distiller = Distiller(student, objectives.build(recipe.objective))
     optimizer = optim.build(distiller, recipe.optimizer)
     shares = [spec.weight for spec in recipe.teachers]
-    teacher = Ensemble([Live(network) for network in teachers], shares) if teachers else None
+    teacher = together(teachers, shares)
 
     def kept(batch: Batch) -> int:
         """Bytes that a step on `batch` keeps between its forward and backward pass."""

@@ -85,7 +85,7 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
     distiller = Distiller(_placed(student, here), objectives.build(recipe.objective)).to(
         here.device
     )
-    teacher = _together(teachers, [spec.weight for spec in recipe.teachers])
+    teacher = together(teachers, [spec.weight for spec in recipe.teachers])
     if here.compile:
         for module in (distiller, *teachers):
             module.compile()
@@ -192,7 +192,8 @@ def _placed(network: Network, here: Machine) -> Network:
     return network.to(memory_format=torch.channels_last) if network.is_convolutional else network
 
 
-def _together(networks: Sequence[Network], weights: list[float]) -> Teacher | None:
+def together(networks: Sequence[Network], weights: list[float]) -> Teacher | None:
+    """The networks as one teacher; None where there is none."""
     members = [Live(network) for network in networks]
     if len(members) < 2:
         return members[0] if members else None
