@@ -8,85 +8,41 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from distill import component, recipe_file, yamlio
-from distill.component import Count, Location, NonNegative, Positive
+from distill.component import Location, Positive
 from distill.errors import RecipeError
-from distill.schedule import Schedule
+from distill.sections import (
+    OUTSIDE_MODELS,
+    Augmentation,
+    Cache,
+    Component,
+    Data,
+    Model,
+    Optimizer,
+    Section,
+    TermSpec,
+    Train,
+    is_published,
+)
 
-# Names of models that other libraries hold, and that only those libraries can check.
-OUTSIDE_MODELS = ("timm/", "torchvision/")
+__all__ = [
+    "OUTSIDE_MODELS",
+    "Augmentation",
+    "Cache",
+    "Data",
+    "Model",
+    "Optimizer",
+    "Recipe",
+    "Teacher",
+    "TermSpec",
+    "Train",
+    "is_published",
+    "json_schema",
+]
 
-
-def is_published(weights: str | None) -> bool:
-    """Whether weights are known by their name, and not by a place on this disk."""
-    return weights is not None and (weights == "pretrained" or weights.startswith("hf-hub:"))
-
-
-class Section(BaseModel):
-    """A part of the recipe. Unknown keys are errors, values are never guessed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Component(BaseModel):
-    """A named component; the keys beside the declared ones are its own arguments."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The component's own arguments."""
-        return dict(self.__pydantic_extra__ or {})
-
-
-class Augmentation(Component):
-    """One augmentation by name; a bare word is a name without arguments."""
-
-    name: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _word(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class Data(Section):
-    """Images and labels, and how training images are augmented."""
-
-    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"]
-    root: str | None = Field(None, description="where the files lie, or are downloaded to")
-    download: bool = Field(False, description="fetch the files if they are not at root")
-    split_file: str | None = Field(
-        None, description="folder only: a CSV of path,split beside images that lie in one folder"
-    )
-    image_size: Count | None = Field(None, description="pixels; left out: as the set has them")
-    eval_crop: Annotated[float, Gt(0), Le(1)] = Field(
-        1.0, description="centre part of an evaluation image that is kept; ImageNet's is 0.875"
-    )
-    augment: list[Augmentation] = Field([], description="in the order they are applied")
-    mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
-    cutmix: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
-    fraction: Annotated[float, Gt(0), Le(1)] = Field(
-        1.0, description="part of the training images that is used; class-balanced and nested"
-    )
-    val: Annotated[float, Ge(0), Lt(1)] = Field(
-        0.0, description="part of the training split held out for choices; class-balanced"
-    )
-    on_bad_image: Literal["error", "skip"] = "error"
-    max_pixels: Count = Field(64_000_000, description="an image with more counts as bad")
-    seed: Annotated[int, Ge(0)] = Field(0, description="decides splits and views")
-
-
-class Model(Component):
-    """A network by name: our own, `timm/NAME`, `torchvision/NAME` or `module:function`."""
-
-    model: str
-    weights: str | None = Field(
-        None, description="a run directory, a .safetensors file, pretrained or hf-hub:NAME"
-    )
+MOST_VIEWS = 50  # as good as 400 over 150 epochs of ImageNet (Faghri et al. 2023, arXiv:2303.08983)
 
 
 class Teacher(Component):
@@ -114,56 +70,17 @@ class Teacher(Component):
         return self
 
 
-class TermSpec(Component):
-    """One term of the objective: `weight` times the named loss."""
-
-    term: str
-    name: str | None = Field(None, description="needed where one loss stands twice")
-    weight: Schedule = 1.0
-
-    @property
-    def key(self) -> str:
-        """The name under which the term is logged."""
-        return self.name or self.term
-
-
-class Optimizer(Section):
-    """How the weights move."""
-
-    name: Literal["sgd", "adamw", "lamb", "muon"] = "adamw"
-    lr: Annotated[float, Gt(0), Lt(3.4e38)] = Field(
-        description="peak learning rate, for the global batch"
-    )
-    momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="sgd (Nesterov) and muon")
-    weight_decay: NonNegative = 0.0
-    decay: Literal["all", "matrices"] | None = Field(
-        None, description="what decays; left out: all for sgd, matrices for the others"
-    )
-    warmup_epochs: NonNegative = 0.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    clip_norm: Positive | None = Field(None, description="limit on the norm of all gradients")
-
-
-class Train(Section):
-    """How long, in what batches and in what numbers."""
-
-    epochs: Count
-    batch_size: Count = Field(description="images an optimizer step, over all devices")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: Annotated[float, Ge(0), Lt(1)] = Field(
-        0.0, description="decay of the averaged weights that are evaluated and saved; 0 is off"
-    )
-    eval_epochs: Count = Field(1, description="epochs between two looks at the validation split")
-    seed: Annotated[int, Ge(0)] = Field(0, description="decides initial weights, order, dropout")
-
-
 class Recipe(Section):
     """A complete run. Field order is the order of the file."""
 
     data: Data
-    teachers: list[Teacher] = []
+    teachers: list[Teacher] = Field([], description="none is training from labels alone")
+    ensemble: Literal["probability", "logit"] = Field(
+        "probability", description="what is averaged where there are several teachers"
+    )
     student: Model
     objective: Annotated[list[TermSpec], Field(min_length=1)]
+    cache: Cache | None = None
     optimizer: Optimizer
     train: Train
 
@@ -192,8 +109,16 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """All that decides the result, as plain data: the recipe without places on disk."""
         data = self.model_dump()
-        for key in ("root", "download", "split_file"):
+        for key in ("root", "download", "split_file", "transfer"):
             del data["data"][key]
+        if self.transfers:
+            data["data"]["transfer"] = True
+        if self.cache is None:
+            del data["cache"]
+        else:
+            del data["cache"]["path"], data["cache"]["fill"]
+        if len(self.teachers) < 2:
+            del data["ensemble"]
         for spec in (data["student"], *data["teachers"]):
             if spec["weights"] and not is_published(spec["weights"]):
                 del spec["weights"]  # the run compares their content instead
@@ -203,19 +128,43 @@ class Recipe(Section):
                 spec["recipe"] = teacher.recipe.identity()
         return data
 
+    @property
+    def transfers(self) -> bool:
+        """Whether the training images have no labels."""
+        return self.data.transfer is not None
+
+    @property
+    def num_views(self) -> int | None:
+        """How many views of every image there are; None: each epoch has its own."""
+        if self.cache is None:
+            return None
+        return self.cache.views or min(self.train.epochs, MOST_VIEWS)
+
     def digest(self) -> str:
         """SHA-256 of `identity`, as 64 hex digits."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def without_teacher(self) -> Recipe:
-        """The same run from labels alone: same student, seed, order, views and steps."""
+        """The same run from labels alone: same student, seed, order, views and steps.
+
+        Raises:
+            RecipeError: If there are no labels.
+        """
+        if self.transfers:
+            raise RecipeError(
+                "data.transfer: without a teacher there is nothing to learn from images that have "
+                "no labels",
+                hint="leave --baseline out, or train on labelled images",
+            )
         labels = [
             spec.model_copy(update={"weight": 1.0})
             for spec in self.objective
-            if not _needs_teacher(spec.term)
+            if not _constant(spec.term, "needs_teacher", True)
         ]
         alone = labels[:1] or [TermSpec(term="ce", name=None)]
-        return self.model_copy(update={"teachers": [], "objective": alone})
+        nobody: dict[str, Any] = {"path": None, "fill": False, "features": []}
+        cache = self.cache and self.cache.model_copy(update=nobody)  # the same views all the same
+        return self.model_copy(update={"teachers": [], "objective": alone, "cache": cache})
 
 
 def json_schema() -> dict[str, Any]:
@@ -278,6 +227,10 @@ def _spell_out(data: Any) -> None:
     for _, spec, kind in _specs(data):
         if definition := component.find(kind.package).get(str(spec.get(kind.key))):
             spec |= definition.keys.model_validate(_own(spec, kind)).model_dump()
+    cache, train = data.get("cache"), data["train"]
+    if cache is not None:
+        cache.setdefault("views", min(train["epochs"], MOST_VIEWS))
+        cache.setdefault("precision", train.get("precision", "fp32"))
     for _, recipe in _nested(data):
         _spell_out(recipe)
 
@@ -313,23 +266,32 @@ def _nested(data: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             yield i, spec["recipe"]
 
 
-def _needs_teacher(term: str) -> bool:
+def _constant(term: str, name: str, default: bool) -> bool:
+    """What a built-in term's class says of itself; the default for a user's own."""
     definition = component.find("objectives").get(term)
-    return definition is None or bool(definition.constants.get("needs_teacher", True))
+    return default if definition is None else bool(definition.constants.get(name, default))
 
 
 def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, str]]:
     """Keys that are right one by one and wrong together."""
-    data, train = recipe.data, recipe.train
+    data, train, cache = recipe.data, recipe.train, recipe.cache
+    taught = bool(recipe.teachers) or (cache is not None and cache.path is not None)
     seen: set[str] = set()
     for i, spec in enumerate(recipe.objective):
         if spec.key in seen:
             yield (*at, "objective", i), f"a second term {spec.key!r}: give one a `name:`"
         seen.add(spec.key)
-        if not recipe.teachers and ":" not in spec.term and _needs_teacher(spec.term):
+        if ":" in spec.term:
+            continue
+        if not taught and _constant(spec.term, "needs_teacher", True):
             yield (
                 (*at, "objective", i, "term"),
                 f"{spec.term} needs a teacher, and teachers is empty",
+            )
+        if data.transfer and _constant(spec.term, "needs_labels", False):
+            yield (
+                (*at, "objective", i, "term"),
+                f"{spec.term} needs labels, and the images of data.transfer have none",
             )
     if (data.mixup or data.cutmix) and train.batch_size % 2:
         yield (
@@ -342,6 +304,13 @@ def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, st
         yield (*at, "data", "root"), f"required for {data.name}"
     if data.split_file and data.name != "folder":
         yield (*at, "data", "split_file"), "only a folder of images has one"
+    if data.transfer and data.val:
+        yield (
+            (*at, "data", "val"),
+            "is held out of labelled images, and those of data.transfer have no labels",
+        )
+    if cache is not None and cache.fill and not recipe.teachers:
+        yield (*at, "cache", "fill"), "there is no teacher to ask: teachers is empty"
     runs: dict[str, Recipe] = {}
     for i, teacher in enumerate(recipe.teachers):
         if teacher.recipe is None:

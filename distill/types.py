@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 class Batch(NamedTuple):
@@ -19,6 +20,13 @@ class Batch(NamedTuple):
     labels: Float[Tensor, "B K"]  # probabilities: one-hot, or mixed
     ids: Int[Tensor, " B"]  # position in the training split
     views: Int[Tensor, " B"]  # which augmented view of that sample
+    shown: Float[Tensor, "B 3 H W"] | None = None  # to the teacher, where it sees another image
+    cached: dict[str, Tensor] | None = None  # what a cache holds of the teacher's answers
+
+    def rows(self, rows: slice | Tensor) -> Batch:
+        """Some of the samples."""
+        part: Batch = tree_map_only(Tensor, lambda column: column[rows], self)
+        return part
 
 
 class Outputs(NamedTuple):

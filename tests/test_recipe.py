@@ -353,7 +353,7 @@ def test_the_digest_knows_everything_else(write: Callable[..., Path]) -> None:
             digests.add(Recipe.load(path, [*base, *more]).digest())
         digests.add(Recipe.load(path, [*base, *more, change]).digest())
     assert len(digests) == len(CHANGES) + 2
-    places = {"root", "download", "split_file"}
+    places = {"root", "download", "split_file", "transfer"}
     for name, section in {"data": Data, "optimizer": Optimizer, "train": Train}.items():
         touched = {c.partition("=")[0].split(".")[1] for c in CHANGES if c.startswith(f"{name}.")}
         assert touched == set(section.model_fields) - places

@@ -34,7 +34,7 @@ class Source:
     """All images of one official split, in canonical order; a sample's id is its position here.
 
     Attributes:
-        labels: Class of every image.
+        labels: Class of every image; −1 where it is not known.
         pixels: The images, square and ready for evaluation; None if they stay in files.
         files: One file an image; None if the pixels are in memory.
     """
@@ -79,6 +79,11 @@ class Dataset:
     max_pixels: int
     bad: tuple[str, ...]
     fingerprint: str
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of the training images are known."""
+        return bool((self.train.labels >= 0).all())
 
 
 def load(data: Data) -> Dataset:

@@ -1,10 +1,10 @@
-"""Batches: which samples, in what order, and their pixels on the training device."""
+"""Batches: which samples, in what order, and what comes with each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import repeat
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,13 +13,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from distill import recipe
-from distill.data import augment, mixing, views
-from distill.data.augment import Stage
-from distill.data.augment._augmentation import Plan, to_device
-from distill.data.augment._canvas import Canvas
-from distill.data.augment.crop import Crop
-from distill.data.augment.flip import Flip
-from distill.data.augment.resized_crop import ResizedCrop
+from distill.data import views
+from distill.data.augment._augmentation import to_device
+from distill.data.pixels import Views, to_float
 from distill.data.workers import Files
 from distill.errors import IncompatibleError
 from distill.types import Batch
@@ -27,11 +23,17 @@ from distill.types import Batch
 if TYPE_CHECKING:
     from distill.data.datasets import Dataset, Source
 
-# Samples that are drawn at once: enough that numpy's cost per call vanishes, few enough that an
-# epoch begins without a wait.
-_CHUNK = 65_536
+_GATHERED = 8_000_000  # bytes of rows that are fetched at once
 
-_MIXING = 0  # stream of random numbers; the augmentations have 1, 2, … in their order
+
+class Rows(Protocol):
+    """What was kept of each sample in each view, such as a teacher's answers."""
+
+    row_bytes: int
+
+    def rows(self, ids: Int[ndarray, " n"], view: int) -> dict[str, ndarray] | None:
+        """Columns with a row for each of these samples; None where that view is not kept."""
+        ...
 
 
 class Loader:
@@ -43,6 +45,7 @@ class Loader:
 
     Attributes:
         steps_per_epoch: Batches an epoch.
+        views: Any views of the same images.
 
     Args:
         dataset: Its `train_ids` are read.
@@ -53,6 +56,9 @@ class Loader:
         rank: Which part of every batch is read.
         world: Number of parts.
         workers: Processes that decode files; 0 decodes in this one. Images in memory need none.
+        num_views: Epoch e reads view e mod this; None gives each epoch its own.
+        audience: For whom the images are, as `Views` takes it.
+        kept: Delivered with each batch as `cached`.
 
     Raises:
         IncompatibleError: If the batch is larger than the training set, or cannot be divided.
@@ -70,87 +76,67 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        num_views: int | None = None,
+        audience: Literal["student", "both"] = "student",
+        kept: Rows | None = None,
     ) -> None:
-        self._mixes = data.mixup > 0 or data.cutmix > 0
-        _check_batch(batch_size, len(dataset.train_ids), world, even=self._mixes)
+        mixes = data.mixup > 0 or data.cutmix > 0
+        _check_batch(batch_size, len(dataset.train_ids), world, even=mixes)
         self.steps_per_epoch = len(dataset.train_ids) // batch_size
         self._dataset, self._data = dataset, data
         self._train_seed, self._device = train_seed, device
         self._rank, self._world, self._rows = rank, world, batch_size // world
-        stages = augment.build(data.augment, seed=data.seed)
-        self._pixels: _Memory | _Files
-        if dataset.train.pixels is None:
-            self._pixels = _Files(dataset, data, stages, device, workers)
-        else:
-            self._pixels = _Memory(dataset, stages, device)
+        self._num_views, self._kept = num_views, kept
+        self.views = Views(dataset, data, device=device, workers=workers, audience=audience)
+
+    def view(self, epoch: int) -> int:
+        """The number of the view that an epoch reads."""
+        return epoch if self._num_views is None else epoch % self._num_views
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """This rank's rows of the epoch's batches from batch `start` on, in view number `epoch`.
+        """This rank's rows of the epoch's batches from batch `start` on.
 
         Raises:
             PreflightError: If a file is no usable image, or a worker was killed.
         """
+        view = self.view(epoch)
         order = views.epoch_order(
             len(self._dataset.train_ids),
             data_seed=self._data.seed,
             train_seed=self._train_seed,
             epoch=epoch,
-            view=epoch,
+            view=view,
         )
         shape = (self.steps_per_epoch, self._world, self._rows)
-        positions = order[: np.prod(shape)].reshape(shape)[start:, self._rank]
-        pixels = self._pixels.batches(positions, epoch)
-        for chunk in _chunks(positions):
-            drawn = self._draw(chunk, epoch)
-            for step in range(len(chunk)):
-                yield self._batch(next(pixels), drawn, step)
+        positions = order[: np.prod(shape)].reshape(shape)[start:, self._rank].ravel()
+        numbers = np.full(len(positions), view)
+        batches = self.views.batches(positions, numbers, batch_size=self._rows)
+        if self._kept is None:
+            yield from batches
+            return
+        for batch, columns in zip(
+            batches, self._fetched(self._kept, positions, view), strict=False
+        ):
+            yield batch._replace(cached=columns)
 
     def close(self) -> None:
         """End the worker processes."""
-        self._pixels.close()
+        self.views.close()
 
-    def _draw(self, positions: Int[ndarray, "steps b"], view: int) -> _Drawn:
-        """All that some steps need beside their pixels, in one go."""
-        ids = self._dataset.train_ids[positions.ravel()]
-        size = self._dataset.image_size
-        samples = {
-            "ids": ids,
-            "labels": self._dataset.train.labels[ids, None],
-            "views": np.full(len(ids), view),
-        }
-        plans = [
-            to_device(stage.plan(ids, view, size=size), self._device)
-            for stage in self._pixels.stages
-        ]
-        pairs = None
-        if self._mixes:
-            # A pair is known by its first sample, the same whichever epoch reads the view.
-            draws = views.uniform(
-                self._data.seed, ids[::2], view, stream=_MIXING, num=mixing.NUM_DRAWS
-            )
-            alphas = {"mixup": self._data.mixup, "cutmix": self._data.cutmix}
-            pairs = to_device(mixing.plan(draws, **alphas, height=size, width=size), self._device)
-        columns = to_device(samples, self._device).device
-        steps = zip(*(torch.split(x, self._rows) for x in columns.values()), strict=True)
-        return _Drawn(list(steps), plans, pairs)
-
-    def _batch(self, pixels: UInt8[Tensor, "b 3 S S"], drawn: _Drawn, step: int) -> Batch:
-        rows = slice(step * self._rows, (step + 1) * self._rows)
-        for stage, plan in zip(self._pixels.stages, drawn.plans, strict=True):
-            pixels = stage.augmentation.apply(pixels, plan.rows(rows))
-        halves = slice(rows.start // 2, rows.stop // 2)
-        pairs = drawn.pairs.rows(halves).device if drawn.pairs else {}
-        if "box" in pairs:
-            pixels = mixing.cut(pixels, pairs["box"])
-        images = _to_float(pixels)
-        if "weight" in pairs:
-            images = mixing.blend(images, pairs["weight"])
-        ids, numbers, view = drawn.samples[step]
-        labels = torch.zeros(len(images), len(self._dataset.classes), device=self._device)
-        labels.scatter_(1, numbers, 1.0)
-        if pairs:
-            labels = mixing.blend(labels, pairs["share"])
-        return Batch(images, labels, ids, view)
+    def _fetched(
+        self, kept: Rows, positions: Int[ndarray, " n"], view: int
+    ) -> Iterator[dict[str, Tensor] | None]:
+        """The columns of every batch; None without end where the view is not kept."""
+        size = max(1, _GATHERED // (self._rows * kept.row_bytes)) * self._rows
+        for first in range(0, len(positions), size):
+            columns = kept.rows(self._dataset.train_ids[positions[first : first + size]], view)
+            if columns is None:
+                yield from repeat(None)
+                return
+            placed = to_device(columns, self._device).device
+            steps = zip(*(torch.split(x, self._rows) for x in placed.values()), strict=True)
+            for step in steps:
+                yield dict(zip(placed, step, strict=True))
 
 
 def evaluation_batches(
@@ -186,108 +172,14 @@ def evaluation_batches(
             workers=workers,
         )
     try:
-        stored = files.batches(batches, 0) if files else _stored(source, batches, device)
+        none = map(np.zeros_like, batches)
+        stored = files.batches(batches, none) if files else _stored(source, batches, device)
         for pixels, batch in zip(stored, batches, strict=True):
             samples = to_device({"labels": source.labels[batch], "ids": batch}, device).device
-            yield _to_float(pixels), samples["labels"], samples["ids"]
+            yield to_float(pixels), samples["labels"], samples["ids"]
     finally:
         if files:
             files.close()
-
-
-class _Drawn(NamedTuple):
-    """What was drawn for some steps."""
-
-    samples: list[tuple[Tensor, ...]]  # ids, labels (B, 1) and views of each step
-    plans: list[Plan]  # one a stage
-    pairs: Plan | None
-
-
-class _Memory:
-    """Training images held on the device; a crop and a flip that come first cost one copy.
-
-    Attributes:
-        stages: The augmentations that are still to be applied to what `batches` gives.
-    """
-
-    def __init__(self, dataset: Dataset, stages: list[Stage], device: torch.device) -> None:
-        assert dataset.train.pixels is not None
-        self._ids, self._size, self._device = dataset.train_ids, dataset.image_size, device
-        self.stages = list(stages)
-        self._crop, self._flip = self._take(Crop), self._take(Flip)
-        padding = 0
-        if self._crop:
-            assert isinstance(self._crop.augmentation, Crop)
-            padding = self._crop.augmentation.padding(self._size)
-        images = torch.from_numpy(dataset.train.pixels[self._ids]).to(device)
-        self._canvas = Canvas(images, padding=padding, mirrored=self._flip is not None)
-
-    def batches(
-        self, positions: Int[ndarray, "steps b"], view: int
-    ) -> Iterator[UInt8[Tensor, "b 3 S S"]]:
-        for chunk in _chunks(positions):
-            offsets = self._offsets(chunk.ravel(), view).reshape(chunk.shape)
-            for row in to_device({"offsets": offsets}, self._device).device["offsets"]:
-                yield self._canvas.windows(row).expand(-1, 3, -1, -1)
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def _take(self, kind: type) -> Stage | None:
-        found = self.stages and isinstance(self.stages[0].augmentation, kind)
-        return self.stages.pop(0) if found else None
-
-    def _offsets(self, positions: Int[ndarray, " n"], view: int) -> Int[ndarray, " n"]:
-        ids = self._ids[positions]
-        top: int | ndarray = 0
-        left: int | ndarray = 0
-        flip: int | ndarray = 0
-        if self._crop:
-            corner = self._crop.plan(ids, view, size=self._size)
-            top, left = corner["top"], corner["left"]
-        if self._flip:
-            flip = self._flip.plan(ids, view, size=self._size)["flip"].astype(np.int64)
-            left = np.where(flip, 2 * self._canvas.padding - left, left)
-        return self._canvas.offsets(positions, top, left, flip)
-
-
-class _Files:
-    """Training images in files; a resized crop that comes first is made while decoding.
-
-    Attributes:
-        stages: The augmentations that are still to be applied to what `batches` gives.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        data: recipe.Data,
-        stages: list[Stage],
-        device: torch.device,
-        workers: int,
-    ) -> None:
-        assert dataset.train.files is not None
-        cuts = bool(stages) and isinstance(stages[0].augmentation, ResizedCrop)
-        self.stages = stages[1:] if cuts else stages
-        self._ids = dataset.train_ids
-        self._files = Files(
-            dataset.train.files,
-            size=dataset.image_size,
-            crop=data.eval_crop,
-            cut=stages[0] if cuts else None,
-            max_pixels=dataset.max_pixels,
-            device=device,
-            workers=workers,
-        )
-
-    def batches(
-        self, positions: Int[ndarray, "steps b"], view: int
-    ) -> Iterator[UInt8[Tensor, "b 3 S S"]]:
-        return self._files.batches((self._ids[row] for row in positions), view)
-
-    def close(self) -> None:
-        """End the worker processes."""
-        self._files.close()
 
 
 def _check_batch(batch_size: int, samples: int, world: int, *, even: bool) -> None:
@@ -307,12 +199,6 @@ def _check_batch(batch_size: int, samples: int, world: int, *, even: bool) -> No
         )
 
 
-def _chunks(positions: Int[ndarray, "steps b"]) -> Iterator[Int[ndarray, "steps b"]]:
-    steps = max(1, _CHUNK // positions.shape[1])
-    for first in range(0, len(positions), steps):
-        yield positions[first : first + steps]
-
-
 def _stored(
     source: Source, batches: list[Int[ndarray, " b"]], device: torch.device
 ) -> Iterator[UInt8[Tensor, "b 3 S S"]]:
@@ -320,14 +206,3 @@ def _stored(
     for batch in batches:
         pixels = to_device({"pixels": source.pixels[batch]}, device).device["pixels"]
         yield pixels.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
-
-
-def _to_float(pixels: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
-    """The images in [0, 1]: value / 255 rounded to float32, the same on every device."""
-    # CUDA would multiply by the rounded reciprocal of a number given as a scalar.
-    return pixels / _full_scale(pixels.device)
-
-
-@cache
-def _full_scale(device: torch.device) -> Float[Tensor, ""]:
-    return torch.full((), 255.0, device=device)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,14 @@ from distill.data.augment import Stage
 from distill.data.augment.resized_crop import ResizedCrop
 from distill.errors import DistillError, PreflightError
 
+_KEPT = 2  # decoded files: a pair that is mixed has its rows side by side
+
 
 class _Request(NamedTuple):
     """A batch to decode. It names its files, so that workers need not hold a list of them all."""
 
     ids: Int[ndarray, " b"]
-    view: int
+    views: Int[ndarray, " b"]
     files: list[Path]
 
 
@@ -70,14 +73,16 @@ class Files:
         )
 
     def batches(
-        self, ids: Iterable[Int[ndarray, " b"]], view: int
+        self, ids: Iterable[Int[ndarray, " b"]], views: Iterable[Int[ndarray, " b"]]
     ) -> Iterator[UInt8[Tensor, "b 3 S S"]]:
         """The pixels of each batch of samples, in channels_last memory.
+
+        A file is decoded once for rows that are near each other.
 
         Raises:
             PreflightError: If a file is no usable image, or a worker was killed.
         """
-        self._requests.ids, self._requests.view = ids, view
+        self._requests.batches = zip(ids, views, strict=True)
         assert self._batches is not None, "closed"
         batches = iter(self._batches)
         try:
@@ -115,12 +120,11 @@ class _Requests(Sampler[_Request]):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
-        self.ids: Iterable[Int[ndarray, " b"]] = ()
-        self.view = 0
+        self.batches: Iterable[tuple[Int[ndarray, " b"], Int[ndarray, " b"]]] = ()
 
     def __iter__(self) -> Iterator[_Request]:
-        for ids in self.ids:
-            yield _Request(ids, self.view, [self._files[number] for number in ids])
+        for ids, views in self.batches:
+            yield _Request(ids, views, [self._files[number] for number in ids])
 
 
 class _Decoder(Dataset[Tensor]):
@@ -138,16 +142,15 @@ class _Decoder(Dataset[Tensor]):
         return torch.from_numpy(pixels)
 
     def _fill(self, pixels: UInt8[ndarray, "b S S 3"], request: _Request) -> None:
+        decode = lru_cache(_KEPT)(partial(images.decode, max_pixels=self._max_pixels))
         if self._cut is None:
             for row, file in zip(pixels, request.files, strict=True):
-                image = images.decode(file, max_pixels=self._max_pixels)
-                row[:] = images.evaluation_view(image, size=self._size, crop=self._crop)
+                row[:] = images.evaluation_view(decode(file), size=self._size, crop=self._crop)
             return
         assert isinstance(self._cut.augmentation, ResizedCrop)
-        draws = self._cut.uniforms(request.ids, request.view)
+        draws = self._cut.uniforms(request.ids, request.views)
         for row, file, drawn in zip(pixels, request.files, draws, strict=True):
-            image = images.decode(file, max_pixels=self._max_pixels)
-            row[:] = self._cut.augmentation.cut(image, drawn, size=self._size)
+            row[:] = self._cut.augmentation.cut(decode(file), drawn, size=self._size)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 
 from distill import models, objectives
 from distill.data import datasets
@@ -229,7 +230,7 @@ def _step(
         return sum(found.values())
 
     pair = _pair(recipe, dataset)
-    four = Batch(*(torch.cat([x, x]) for x in pair))
+    four: Batch = tree_map_only(Tensor, lambda x: torch.cat([x, x]), pair)
     # Two sizes, because not all that is kept grows with the batch: autocast keeps cast weights.
     few, more = kept(pair), kept(four)
     slope = max(more - few, 0) / 2

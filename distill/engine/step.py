@@ -94,7 +94,8 @@ def train_step(
 def _pieces(batch: Batch, count: int) -> list[Batch]:
     if count == 1:
         return [batch]
-    return [Batch(*piece) for piece in zip(*(x.chunk(count) for x in batch), strict=True)]
+    size = len(batch.ids) // count
+    return [batch.rows(slice(i * size, (i + 1) * size)) for i in range(count)]
 
 
 def _local_gradients(model: nn.Module, local: bool) -> AbstractContextManager[Any]:

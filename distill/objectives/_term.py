@@ -14,6 +14,12 @@ class Term(nn.Module, ABC):
     """One loss of the objective. A subclass's keyword-only arguments are its keys in the recipe."""
 
     needs_teacher: ClassVar[bool] = True  # False for a term that reads labels alone
+    needs_labels: ClassVar[bool] = False
+
+    @property
+    def needs_tail(self) -> bool:
+        """Whether it reads how the teacher ranks the classes that it thinks least of."""
+        return True
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:

@@ -35,6 +35,7 @@ class CE(Term):
     """Match the labels."""
 
     needs_teacher = False
+    needs_labels = True
 
     def __init__(self, *, smoothing: Fraction = 0.0) -> None:
         super().__init__()

@@ -32,6 +32,11 @@ def hard_loss(student: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"]) -> F
 class Hard(Term):
     """Match the class that the teacher ranks first."""
 
+    @property
+    def needs_tail(self) -> bool:
+        """It reads the first class alone."""
+        return False
+
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None
         return hard_loss(student.logits, teacher.logits)

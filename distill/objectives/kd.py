@@ -43,6 +43,11 @@ class KD(Term):
         super().__init__()
         self.temperature = temperature
 
+    @property
+    def needs_tail(self) -> bool:
+        """At T = 1 the mass is where the teacher's first classes are; above, the tail counts."""
+        return self.temperature > 1
+
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None
         return kd_loss(student.logits, teacher.logits, temperature=self.temperature)

@@ -77,7 +77,7 @@ def loader(source: Dataset, recipe: Data, **keys: Any) -> Loader:
 
 
 def digest(batch: Batch) -> str:
-    content = b"".join(part.contiguous().numpy().tobytes() for part in batch)
+    content = b"".join(part.contiguous().numpy().tobytes() for part in batch[:4])
     return hashlib.sha256(content).hexdigest()
 
 
@@ -87,7 +87,7 @@ def digests(*loaders: Loader, start: int = 0) -> list[str]:
     for epoch in range(2):
         ranks = [each.epoch(epoch, start=start) for each in loaders]
         for parts in zip(*ranks, strict=True):
-            rows = zip(*parts, strict=True)
+            rows = zip(*(part[:4] for part in parts), strict=True)
             found.append(digest(Batch(*(torch.cat(columns) for columns in rows))))
     for each in loaders:
         each.close()
@@ -211,7 +211,7 @@ def test_an_epoch_leaves_out_another_rest_each_time() -> None:
 def test_a_chunk_boundary_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     source, recipe = in_memory(), data(augment=EVERYTHING, mixup=0.8)
     whole = digests(loader(source, recipe))
-    monkeypatch.setattr("distill.data.loader._CHUNK", 50)
+    monkeypatch.setattr("distill.data.pixels.CHUNK", 50)
     assert digests(loader(source, recipe)) == whole
 
 

@@ -23,19 +23,26 @@ class Stage(NamedTuple):
     seed: int
     stream: int
 
-    def uniforms(self, ids: Int[ndarray, " n"], view: int) -> Float[ndarray, "n D"]:
-        """What the augmentation draws from for these samples."""
+    def uniforms(
+        self, ids: Int[ndarray, " n"], numbers: Int[ndarray, " n"] | int
+    ) -> Float[ndarray, "n D"]:
+        """What the augmentation draws from for these samples, in views of these numbers."""
         return views.uniform(
-            self.seed, ids, view, stream=self.stream, num=self.augmentation.num_draws
+            self.seed, ids, numbers, stream=self.stream, num=self.augmentation.num_draws
         )
 
-    def plan(self, ids: Int[ndarray, " n"], view: int, *, size: int) -> dict[str, ndarray]:
+    def plan(
+        self, ids: Int[ndarray, " n"], numbers: Int[ndarray, " n"] | int, *, size: int
+    ) -> dict[str, ndarray]:
         """What is drawn for these samples, at square images of `size` pixels."""
-        return self.augmentation.plan(self.uniforms(ids, view), height=size, width=size)
+        return self.augmentation.plan(self.uniforms(ids, numbers), height=size, width=size)
 
 
 def build(specs: Sequence[recipe.Augmentation], *, seed: int) -> list[Stage]:
-    """The augmentations of a recipe's `data.augment`, in order.
+    """The augmentations of a recipe's `data.augment`, in order, those of the student alone last.
+
+    So what the teacher is shown, and every number that is drawn for it, are the same with and
+    without them.
 
     Args:
         specs: Names and arguments.
@@ -44,8 +51,7 @@ def build(specs: Sequence[recipe.Augmentation], *, seed: int) -> list[Stage]:
     Raises:
         RecipeError: If a name is unknown or an argument is wrong.
     """
+    built = [component.build("data.augment", spec.name, spec.arguments) for spec in specs]
+    built.sort(key=lambda augmentation: augmentation.student_only)
     # Stream 0 belongs to mixing.
-    return [
-        Stage(component.build("data.augment", spec.name, spec.arguments), seed, stream)
-        for stream, spec in enumerate(specs, start=1)
-    ]
+    return [Stage(each, seed, stream) for stream, each in enumerate(built, start=1)]

@@ -1,0 +1,158 @@
+"""The sections of a recipe, and what each key may be."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from distill.component import Count, NonNegative, Positive
+from distill.schedule import Schedule
+
+# Names of models that other libraries hold, and that only those libraries can check.
+OUTSIDE_MODELS = ("timm/", "torchvision/")
+
+
+def is_published(weights: str | None) -> bool:
+    """Whether weights are known by their name, and not by a place on this disk."""
+    return weights is not None and (weights == "pretrained" or weights.startswith("hf-hub:"))
+
+
+class Section(BaseModel):
+    """A part of the recipe. Unknown keys are errors, values are never guessed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Component(BaseModel):
+    """A named component; the keys beside the declared ones are its own arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The component's own arguments."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Augmentation(Component):
+    """One augmentation by name; a bare word is a name without arguments."""
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Data(Section):
+    """Images and labels, and how training images are augmented."""
+
+    name: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"]
+    root: str | None = Field(None, description="where the files lie, or are downloaded to")
+    download: bool = Field(False, description="fetch the files if they are not at root")
+    split_file: str | None = Field(
+        None, description="folder only: a CSV of path,split beside images that lie in one folder"
+    )
+    transfer: str | None = Field(
+        None, description="a folder of images without labels, trained on in place of the set's own"
+    )
+    image_size: Count | None = Field(None, description="pixels; left out: as the set has them")
+    eval_crop: Annotated[float, Gt(0), Le(1)] = Field(
+        1.0, description="centre part of an evaluation image that is kept; ImageNet's is 0.875"
+    )
+    augment: list[Augmentation] = Field([], description="in the order they are applied")
+    mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
+    cutmix: NonNegative = Field(0.0, description="alpha of the Beta distribution; 0 is off")
+    fraction: Annotated[float, Gt(0), Le(1)] = Field(
+        1.0, description="part of the training images that is used; class-balanced and nested"
+    )
+    val: Annotated[float, Ge(0), Lt(1)] = Field(
+        0.0, description="part of the training split held out for choices; class-balanced"
+    )
+    on_bad_image: Literal["error", "skip"] = "error"
+    max_pixels: Count = Field(64_000_000, description="an image with more counts as bad")
+    seed: Annotated[int, Ge(0)] = Field(0, description="decides splits and views")
+
+
+class Model(Component):
+    """A network by name: our own, `timm/NAME`, `torchvision/NAME` or `module:function`."""
+
+    model: str
+    weights: str | None = Field(
+        None, description="a run directory, a .safetensors file, pretrained or hf-hub:NAME"
+    )
+
+
+class Cache(Section):
+    """What the teachers are asked once and for all: some views of every image, and where."""
+
+    path: str | None = Field(
+        None, description="a folder or s3://..., gs://...; left out: teachers run live"
+    )
+    views: Count | None = Field(
+        None, description="epoch e reads view e mod views; left out: an epoch each, at most 50"
+    )
+    codec: str = Field("auto", description="auto | int8 | fp16 | topk:K")
+    features: list[str] = Field(
+        [], description="kept beside the logits: pooled, or a module's name in the teacher"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="of the teachers; left out: the training's"
+    )
+    fill: bool = Field(False, description="run teachers live and keep what they say")
+
+    @field_validator("codec")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|int8|fp16|topk:[1-9][0-9]{0,5}", value):
+            raise ValueError(
+                f"must be auto, int8, fp16 or topk:K (such as topk:100), got {value!r}"
+            )
+        return value
+
+
+class TermSpec(Component):
+    """One term of the objective: `weight` times the named loss."""
+
+    term: str
+    name: str | None = Field(None, description="needed where one loss stands twice")
+    weight: Schedule = 1.0
+
+    @property
+    def key(self) -> str:
+        """The name under which the term is logged."""
+        return self.name or self.term
+
+
+class Optimizer(Section):
+    """How the weights move."""
+
+    name: Literal["sgd", "adamw", "lamb", "muon"] = "adamw"
+    lr: Annotated[float, Gt(0), Lt(3.4e38)] = Field(
+        description="peak learning rate, for the global batch"
+    )
+    momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="sgd (Nesterov) and muon")
+    weight_decay: NonNegative = 0.0
+    decay: Literal["all", "matrices"] | None = Field(
+        None, description="what decays; left out: all for sgd, matrices for the others"
+    )
+    warmup_epochs: NonNegative = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip_norm: Positive | None = Field(None, description="limit on the norm of all gradients")
+
+
+class Train(Section):
+    """How long, in what batches and in what numbers."""
+
+    epochs: Count
+    batch_size: Count = Field(description="images an optimizer step, over all devices")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: Annotated[float, Ge(0), Lt(1)] = Field(
+        0.0, description="decay of the averaged weights that are evaluated and saved; 0 is off"
+    )
+    eval_epochs: Count = Field(1, description="epochs between two looks at the validation split")
+    seed: Annotated[int, Ge(0)] = Field(0, description="decides initial weights, order, dropout")
