@@ -4,6 +4,7 @@
   + DivergedError (RuntimeError)   1  the loss or a gradient stopped being finite
   + RecipeError (ValueError)       2  the recipe or the command line is wrong
   + IncompatibleError (ValueError) 2  valid parts that cannot work together
+  + IncompleteError (RuntimeError) 3  what is there is sound, and more is needed
   + IdentityError (ValueError)     4  what lies on disk was made from something else
   + DamagedError (RuntimeError)    5  a file is not what was written: no checkpoint is usable
   + PreflightError (OSError)       6  disk, permission, data or a lock stands in the way
@@ -48,6 +49,12 @@ class IncompatibleError(DistillError, ValueError):
     exit_status = 2
 
 
+class IncompleteError(DistillError, RuntimeError):
+    """What is there is sound, and other parts of it are still to be made."""
+
+    exit_status = 3
+
+
 class IdentityError(DistillError, ValueError):
     """What lies on disk was made from another recipe, teacher or data set. Nothing was written."""
 
@@ -70,13 +77,13 @@ class PreflightError(DistillError, OSError):
 
 
 class Stopped(DistillError):  # noqa: N818 (a request that was met, not an error)
-    """A signal asked the run to stop; it saved and can go on.
+    """A signal or a time limit asked to stop; what was done is saved, and the same call goes on.
 
     Attributes:
-        signum: The signal.
+        signum: The signal; None where the time was up.
     """
 
-    def __init__(self, message: str, *, hint: str = "", signum: int) -> None:
+    def __init__(self, message: str, *, hint: str = "", signum: int | None) -> None:
         super().__init__(message, hint=hint)
         self.signum = signum
 

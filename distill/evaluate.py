@@ -84,6 +84,13 @@ def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     return predicted, best.exp(), -own[:, 0], ahead <= 5
 
 
+def of_logits(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, " N"]) -> Predictions:
+    """The predictions that these logits are, of images 0 … N − 1."""
+    known = torch.from_numpy(labels)
+    answers = _answers(torch.from_numpy(logits), known)
+    return Predictions(np.arange(len(labels)), labels, *(column.numpy() for column in answers))
+
+
 def scores(predictions: Predictions) -> Scores:
     """Top-1 and top-5 accuracy, mean negative log-likelihood, expected calibration error.
 

@@ -136,9 +136,12 @@ class Recipe(Section):
     @property
     def num_views(self) -> int | None:
         """How many views of every image there are; None: each epoch has its own."""
-        if self.cache is None:
-            return None
-        return self.cache.views or min(self.train.epochs, MOST_VIEWS)
+        return None if self.cache is None else self.cache.views or self.default_views
+
+    @property
+    def default_views(self) -> int:
+        """How many views a cache has of every image, where the recipe does not say."""
+        return min(self.train.epochs, MOST_VIEWS)
 
     def digest(self) -> str:
         """SHA-256 of `identity`, as 64 hex digits."""

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,25 @@ def write(path: Path, data: bytes) -> None:
         with suppress(OSError):  # where it could not be made, it cannot be removed either
             temporary.unlink()
         _refuse(path, error, len(data))
+
+
+def create(path: Path, data: bytes) -> None:
+    """Put `data` at `path` unless a file is there already, whoever is first; as whole as `write`.
+
+    Raises:
+        PreflightError: If the disk is full, or the folder cannot be written.
+    """
+    temporary = _temporary(path)
+    try:
+        _write_synced(temporary, data)
+        with suppress(FileExistsError):
+            os.link(temporary, path)  # fails where there is one, on network disks too
+        _sync_folder(path.parent)
+    except OSError as error:
+        _refuse(path, error, len(data))
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def append(path: Path, data: bytes) -> None:
@@ -135,18 +155,43 @@ def lock(folder: Path) -> Generator[None]:
         yield
 
 
+def sweep(folder: Path, *, seconds: float) -> None:
+    """Remove what killed processes left half written: all that is older than `seconds`.
+
+    For folders that several processes write to, whose files in work are younger.
+    """
+    for orphan in folder.rglob(".*.tmp"):
+        with suppress(OSError):  # another process may sweep too
+            if time.time() - orphan.stat().st_mtime > seconds:
+                orphan.unlink()
+
+
 def require_room(folder: Path, needed: int) -> None:
     """Check that `folder` has `needed` bytes free.
 
     Raises:
         PreflightError: If it has not.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed:
         raise PreflightError(
-            f"{folder}: the run needs {_size(needed)} of disk, {_size(free)} are free",
+            f"{folder}: the run needs {size(needed)} of disk, {size(free)} are free",
             hint="make room, or give an --out on another disk",
         )
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that `path` lies on, or would lie on."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 16.4 MB."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def _temporary(path: Path) -> Path:
@@ -170,21 +215,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _refuse(path: Path, error: OSError, needed: int) -> NoReturn:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        existing = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
         raise PreflightError(
-            f"{path}: no room for {_size(needed)}, {_size(free)} are free; nothing was replaced",
+            f"{path}: no room for {size(needed)}, {size(free_bytes(path))} are free; nothing was "
+            "replaced",
             hint="make room and run the same command again: it goes on where it stopped",
         ) from None
     raise PreflightError(
         f"{path}: cannot be written: {(error.strerror or str(error)).lower()}",
         hint="give another --out, or mend the permissions",
     ) from None
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -1,15 +1,18 @@
-"""What teaches: a network, or a weighted ensemble of them, as a map from batch to `Outputs`."""
+"""What teaches: a network, a cache, or an ensemble of either, as a map from batch to `Outputs`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from distill.cache import codec
 from distill.types import Batch, Outputs
+
+FEATURE = "feature."  # begins the column of a feature, beside those of the logits
 
 
 class Teacher(Protocol):
@@ -31,22 +34,84 @@ class Live:
         """The network's outputs."""
         # Not inference_mode: autograd could not save its tensors for the student's backward.
         with torch.no_grad():
-            outputs: Outputs = self.network(batch.images)
+            images = batch.images if batch.shown is None else batch.shown
+            outputs: Outputs = self.network(images)
         return outputs
 
 
-class Ensemble:
-    """Several teachers as one classifier: its probabilities are the weighted mean of theirs."""
+class Cached:
+    """What a cache holds of a network's answers to a batch; nothing is computed but their code.
 
-    def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
-        self.members = list(members)
-        total = sum(weights)
-        self.log_shares = [math.log(weight / total) for weight in weights]
+    Args:
+        codec: How the logits are kept.
+        num_classes: How many there are.
+        prefix: Begins the names of this teacher's columns among those of a batch.
+        live: Asked for what the cache does not hold: features too large to keep.
+    """
+
+    def __init__(
+        self, codec: str, num_classes: int, *, prefix: str = "", live: Teacher | None = None
+    ) -> None:
+        self.codec, self.num_classes, self.prefix, self.live = codec, num_classes, prefix, live
 
     def __call__(self, batch: Batch) -> Outputs:
-        """The log of the weighted mean of the members' probabilities, as logits."""
-        logs = [
-            member(batch).logits.float().log_softmax(dim=-1) + share
-            for member, share in zip(self.members, self.log_shares, strict=True)
-        ]
-        return Outputs(torch.stack(logs).logsumexp(dim=0))
+        """The answers that were kept of the batch's samples in their views."""
+        assert batch.cached is not None, "the loader has no cache"
+        with torch.no_grad():
+            columns = {
+                name.removeprefix(self.prefix): column
+                for name, column in batch.cached.items()
+                if name.startswith(self.prefix)
+            }
+            outputs = unpack(self.codec, columns, self.num_classes)
+        if self.live is None:
+            return outputs
+        more = self.live(batch).features or {}
+        return Outputs(outputs.logits, more | (outputs.features or {}))
+
+
+class Ensemble:
+    """Several teachers as one classifier.
+
+    Args:
+        members: The teachers.
+        weights: Their shares; they need not sum to 1.
+        mean: Of what: the members' probabilities, or their logits, which is the normalised
+            geometric mean of the probabilities.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Teacher],
+        weights: Sequence[float],
+        mean: Literal["probability", "logit"] = "probability",
+    ) -> None:
+        self.members, self.mean = list(members), mean
+        self.shares = [weight / sum(weights) for weight in weights]
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """The weighted mean of the members, as logits."""
+        logs = [member(batch).logits.float().log_softmax(dim=-1) for member in self.members]
+        if self.mean == "logit":
+            weighted = [log * share for log, share in zip(logs, self.shares, strict=True)]
+            return Outputs(torch.stack(weighted).sum(dim=0))
+        weighted = [log + math.log(share) for log, share in zip(logs, self.shares, strict=True)]
+        return Outputs(torch.stack(weighted).logsumexp(dim=0))
+
+
+def pack(kept: str, outputs: Outputs) -> dict[str, Tensor]:
+    """Outputs as a cache's columns: the logits in the codec `kept`, features in float16."""
+    columns = codec.encode(kept, outputs.logits)
+    for name, feature in (outputs.features or {}).items():
+        columns[FEATURE + name] = feature.half()
+    return columns
+
+
+def unpack(kept: str, columns: dict[str, Tensor], num_classes: int) -> Outputs:
+    """The outputs that columns stand for."""
+    features = {
+        name.removeprefix(FEATURE): column.float()
+        for name, column in columns.items()
+        if name.startswith(FEATURE)
+    }
+    return Outputs(codec.decode(kept, columns, num_classes), features or None)

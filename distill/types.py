@@ -33,6 +33,7 @@ class Outputs(NamedTuple):
     """What a network says of a batch. The same type for student and teacher."""
 
     logits: Float[Tensor, "B K"]
+    features: dict[str, Tensor] | None = None  # by name, where they were asked for; (B, ...)
 
 
 class Losses(NamedTuple):

@@ -15,6 +15,7 @@ from distill.cli.env import env
 from distill.cli.evaluate import evaluate
 from distill.cli.init import init
 from distill.cli.list import list_
+from distill.cli.teacher_cache import teacher_cache
 from distill.cli.train import train
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("distill", help="The same as `distill train`.")(train)
+app.command("teacher-cache")(teacher_cache)
 app.command("evaluate")(evaluate)
 app.command("check")(check)
 app.command("init")(init)

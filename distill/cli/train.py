@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,14 @@ def train(
     recipe: Annotated[Path, Argument(metavar="RECIPE", help="Recipe file, YAML.")],
     out: Annotated[
         Path | None, Option(help="Run directory.", show_default="runs/RECIPE's name")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        Option(
+            metavar="DIR",
+            help="Read the teachers' answers from this cache, a folder or s3://....",
+            show_default="the recipe's cache.path",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -54,7 +63,8 @@ def train(
     with reporting():
         from distill.recipe import Recipe
 
-        checked = Recipe.load(recipe, overrides or [])  # every fault, before torch is loaded
+        changes = [*(overrides or []), *(_cached(recipe, overrides or [], cache) if cache else [])]
+        checked = Recipe.load(recipe, changes)  # every fault, before torch is loaded
 
         from distill.engine import launch
         from distill.engine.train import train as run
@@ -77,6 +87,25 @@ def train(
         print_json(result.to_json())
     else:
         _show(result)
+
+
+def _cached(recipe: Path, overrides: list[str], place: str) -> list[str]:
+    """The overrides that make a recipe read this cache: its views too, where it says nothing."""
+    from distill import recipe_file
+    from distill.cache.store import open_store
+    from distill.cache.write import read_manifest
+    from distill.recipe import Recipe
+
+    here = f"cache.path={json.dumps(place)}"
+    asked = Recipe.load(recipe, [*overrides, here])
+    written = recipe_file.read(recipe, overrides)[0].get("cache") or {}
+    if "views" in written or len(asked.teachers) > 1:
+        return [here]
+    manifest = read_manifest(open_store(place))
+    if manifest is None or manifest.views >= asked.default_views:
+        return [here]
+    console.say(f"{place}: has {manifest.views} views of every image, and the epochs take turns")
+    return [here, f"cache.views={manifest.views}"]
 
 
 def _show(result: Result) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,9 @@ class Dataset:
         std: Standard deviation, likewise.
         max_pixels: An image file with more counts as bad.
         bad: Names of the training files that were left out because they are bad.
-        fingerprint: SHA-256 of the name, the classes, the labels, and the pixels of a published
-            set or the names and sizes of a folder's files.
+        content: SHA-256 of the images: the pixels of a published set, or the names and sizes of a
+            folder's files.
+        fingerprint: SHA-256 of the name, the classes, the labels and the content.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Dataset:
     std: Triple
     max_pixels: int
     bad: tuple[str, ...]
+    content: str
     fingerprint: str
 
     @property
@@ -108,10 +110,9 @@ def _load_official(data: Data, published: official.Official) -> Dataset:
     train, test = published.train, published.test
     size = data.image_size or train.pixels.shape[1]
     train_ids, val_ids = _ids(data, train.labels)
-    content: list[bytes | memoryview] = []
-    for split in (train, test):
-        shape = str(split.pixels.shape).encode()
-        content += [shape, split.labels.astype("<i8").tobytes(), split.pixels.data]
+    content = _sha256(
+        part for split in (train, test) for part in (str(split.pixels.shape), split.pixels.data)
+    )
     return Dataset(
         name=data.name,
         classes=published.classes,
@@ -124,7 +125,8 @@ def _load_official(data: Data, published: official.Official) -> Dataset:
         std=published.std,
         max_pixels=data.max_pixels,
         bad=(),
-        fingerprint=_fingerprint(data.name, published.classes, content),
+        content=content,
+        fingerprint=_fingerprint(data.name, published.classes, [train, test], content),
     )
 
 
@@ -142,10 +144,10 @@ def _load_folder(data: Data, root: Path) -> Dataset:
     if lost := sorted(set(range(len(found.classes))) - set(train.labels[train_ids].tolist())):
         names = ", ".join(repr(found.classes[label]) for label in lost)
         raise PreflightError(f"{root}: classes without a usable training image: {names}")
-    content = []
-    for entries in (found.train, found.test):  # no file name contains NUL
-        rows = (f"{entry.name}\0{entry.label}\0{entry.size}\0" for entry in entries)
-        content.append(os.fsencode("".join(rows) + "\0"))
+    content = _sha256(  # no file name contains NUL
+        "".join(f"{entry.name}\0{entry.size}\0" for entry in entries) + "\0"
+        for entries in (found.train, found.test)
+    )
     return Dataset(
         name=data.name,
         classes=found.classes,
@@ -158,14 +160,22 @@ def _load_folder(data: Data, root: Path) -> Dataset:
         std=_IMAGENET_STD,
         max_pixels=data.max_pixels,
         bad=tuple(found.train[i].name for i in bad_train),
-        fingerprint=_fingerprint(data.name, found.classes, content),
+        content=content,
+        fingerprint=_fingerprint(data.name, found.classes, [train, test], content),
     )
 
 
-def _fingerprint(name: str, classes: tuple[str, ...], content: Sequence[bytes | memoryview]) -> str:
-    digest = hashlib.sha256(json.dumps([name, classes]).encode())
-    for part in content:
-        digest.update(part)
+def _fingerprint(
+    name: str, classes: tuple[str, ...], splits: Sequence[Source | official.Split], content: str
+) -> str:
+    parts = (split.labels.astype("<i8").tobytes() for split in splits)
+    return _sha256([json.dumps([name, classes]), *parts, content])
+
+
+def _sha256(parts: Iterable[str | bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(os.fsencode(part) if isinstance(part, str) else part)
     return digest.hexdigest()
 
 

@@ -14,6 +14,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from distill.errors import PreflightError
 
+# How a file becomes pixels. What was computed from them belongs to one version: raise it with any
+# change of decoder, colours, orientation or resizing.
+VERSION = 1
+
 # What a file may hold, whatever its name. Pillow knows more, one of which (EPS) starts a program.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", TiffImageFile.format, WebPImageFile.format)
 

@@ -101,9 +101,61 @@ class Views:
                 rows = slice(number * batch_size, (number + 1) * batch_size)
                 yield self._batch(next(pixels), drawn, samples, rows)
 
+    def single(
+        self, positions: Int[ndarray, " n"], numbers: Int[ndarray, " n"], *, batch_size: int
+    ) -> Iterator[tuple[Batch, Int[ndarray, " b"]]]:
+        """These views in any order, whoever they are mixed with.
+
+        A sample's views come one after the other, so that its file is decoded once for them all.
+
+        Args:
+            positions: Of samples in `train_ids`.
+            numbers: Of a view of each; no pair of both stands twice.
+            batch_size: Most rows a batch.
+
+        Returns:
+            Batches, and which of the asked views their rows are.
+
+        Raises:
+            PreflightError: If a file is no usable image, or a worker was killed.
+        """
+        if not self.mixes:
+            which = np.lexsort((numbers, positions))
+            rows, views_of = positions[which], numbers[which]
+        else:
+            rows, views_of, which = self._with_partners(positions, numbers)
+        first = 0
+        for batch in self.batches(rows, views_of, batch_size=batch_size + batch_size % 2):
+            here = which[first : first + len(batch.ids)]
+            first += len(here)
+            wanted = np.flatnonzero(here >= 0)
+            if len(wanted) < len(here):
+                batch = batch.rows(to_device({"": wanted}, self._device).device[""])
+            if len(wanted):
+                yield batch, here[wanted]
+
     def close(self) -> None:
         """End the worker processes."""
         self._pixels.close()
+
+    def _with_partners(
+        self, positions: Int[ndarray, " n"], numbers: Int[ndarray, " n"]
+    ) -> tuple[Int[ndarray, " m"], Int[ndarray, " m"], Int[ndarray, " m"]]:
+        """Positions and views in pairs, and which was asked for; −1 for one that comes along."""
+        n, seed = len(self._dataset.train_ids), self._data.seed
+        found = []
+        for view in np.unique(numbers):
+            asked = np.flatnonzero(numbers == view)
+            pairs, places = views.pairs(positions[asked], n, data_seed=seed, view=int(view))
+            which = np.full(pairs.size, -1)
+            which[places] = asked
+            # Pairs that were asked for the same sample's sake come together.
+            key = np.full(len(pairs), n)
+            np.minimum.at(key, places // 2, positions[asked])
+            found.append((key, pairs, np.full(pairs.shape, view), which.reshape(-1, 2)))
+        key, pairs, numbers, which = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = np.argsort(key, kind="stable")
+        return pairs[order].ravel(), numbers[order].ravel(), which[order].ravel()
 
     def _draw(
         self, positions: Int[ndarray, " n"], numbers: Int[ndarray, " n"], batch_size: int

@@ -11,6 +11,9 @@ from numpy import ndarray
 
 from distill.data.hashing import hash64
 
+# What was computed from views belongs to one version: raise it when any of them changes.
+VERSION = 1
+
 # First parts of a hash, so that numbers drawn for one purpose are independent of all others.
 _UNIFORMS, _PAIRS, _EPOCH = 1, 2, 3
 
@@ -117,6 +120,22 @@ def partner(
     pairing = _pairing(n, data_seed, view)
     neighbour = pairing.inverse(positions) ^ 1
     return pairing(np.where(neighbour < n, neighbour, n - 1))
+
+
+def pairs(
+    positions: Int[ndarray, " m"], n: int, *, data_seed: int, view: int
+) -> tuple[Int[ndarray, "p 2"], Int[ndarray, " m"]]:
+    """The pairs of a view of `n` samples that these samples belong to, each pair once.
+
+    Returns:
+        The pairs, each in its own order, and where each of `positions` stands among their
+        elements. A sample without a partner is a pair with itself.
+    """
+    pairing = _pairing(n, data_seed, view)
+    places = pairing.inverse(positions)
+    found, pair = np.unique(places // 2, return_inverse=True)
+    both = np.minimum(2 * found[:, None] + np.arange(2), n - 1)
+    return pairing(both.ravel()).reshape(-1, 2), 2 * pair + places % 2
 
 
 def _pairing(n: int, data_seed: int, view: int) -> Permutation:

@@ -23,7 +23,7 @@ from distill.data.augment import Stage
 from distill.data.augment.resized_crop import ResizedCrop
 from distill.errors import DistillError, PreflightError
 
-_KEPT = 2  # decoded files: a pair that is mixed has its rows side by side
+_KEPT = 3  # decoded files: a sample and two partners, where its views are mixed
 
 
 class _Request(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill import storage
 from distill.errors import DamagedError, DivergedError, IdentityError
+from distill.identity import require_same
 
 FORMAT = 1
 KEEP = 2  # the newest, and one to fall back on should the disk damage it
@@ -107,21 +108,6 @@ def numerics() -> dict[str, Any]:
     }
 
 
-def differences(before: Any, now: Any, at: str = "") -> list[str]:
-    """The fields in which two pieces of plain data differ, as `a.b: old -> new`."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *(k for k in now if k not in before)]
-        return [
-            line
-            for key in keys
-            for line in differences(before.get(key), now.get(key), f"{at}.{key}" if at else key)
-        ]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = enumerate(zip(before, now, strict=True))
-        return [line for i, (b, n) in pairs for line in differences(b, n, f"{at}.{i}")]
-    return [] if before == now else [f"{at}: {before!r:.80} -> {now!r:.80}"]
-
-
 def _require_finite(checkpoint: Checkpoint) -> None:
     """The last step's loss may be sound, and its update ruin the weights."""
     for stem, tensors in checkpoint.tensors.items():
@@ -140,11 +126,12 @@ def _compare(state: dict[str, Any], identity: Mapping[str, Any], path: Path) -> 
             f"{path}: written by a newer version (format {state['format']}, known is {FORMAT})",
             hint="update distill, or give another --out",
         )
-    if changed := differences(state["identity"], identity):
-        raise IdentityError(
-            f"{path.parent.parent}: holds another run: " + "; ".join(changed[:8]),
-            hint="give another --out, or `--restart` to replace it",
-        )
+    require_same(
+        state["identity"],
+        dict(identity),
+        origin=f"{path.parent.parent}: holds another run",
+        hint="give another --out, or `--restart` to replace it",
+    )
 
 
 def _newest_first(folder: Path) -> list[Path]:

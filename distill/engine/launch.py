@@ -25,6 +25,44 @@ def spread(arguments: Sequence[str]) -> int | None:
     return spawn(gpus, arguments)
 
 
+def spread_shards(arguments: Sequence[str], shard: tuple[int, int]) -> int | None:
+    """Run `distill ARGUMENTS` on each visible GPU with a part of `shard`; return the exit status.
+
+    The processes know nothing of each other: one that dies takes no other with it. None where
+    there is nothing to spread over, as for `spread`.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or "RANK" in os.environ:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+    number, count = shard
+    environments = [
+        {
+            "CUDA_VISIBLE_DEVICES": name,
+            "DISTILL_SHARD": f"{(number - 1) * gpus + i + 1}/{count * gpus}",
+        }
+        for i, name in enumerate(names)
+    ]
+    return _watched(arguments, environments, together=False)
+
+
+def stand_alone(shard: tuple[int, int]) -> tuple[int, int]:
+    """The part of `shard` that is this process's, which then belongs to no process group.
+
+    Where a launcher such as torchrun started several, each is one of its parts.
+    """
+    if own := os.environ.pop("DISTILL_SHARD", None):
+        number, _, count = own.partition("/")
+        return int(number), int(count)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return (shard[0] - 1) * world + rank + 1, shard[1] * world
+
+
 def spawn(count: int, arguments: Sequence[str]) -> int:
     """Run `distill ARGUMENTS` in `count` processes of one process group; return the exit status.
 
@@ -35,20 +73,27 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "distill", *arguments],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-        )
+    environments = [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         for rank in range(count)
+    ]
+    return _watched(arguments, environments, together=True)
+
+
+def _watched(
+    arguments: Sequence[str], environments: Sequence[dict[str, str]], *, together: bool
+) -> int:
+    """Run `distill ARGUMENTS` in each environment; signals are passed on."""
+    workers = [
+        subprocess.Popen([sys.executable, "-m", "distill", *arguments], env=os.environ | own)
+        for own in environments
     ]
 
     def pass_on(signum: int, frame: object) -> None:
@@ -62,18 +107,23 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
         signal.SIGUSR1: signal.signal(signal.SIGUSR1, pass_on),
     }
     try:
-        return _wait(workers)
+        return _wait(workers, together=together)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
-    """The exit status of the first process that fails, or 0."""
+def _wait(workers: list[subprocess.Popen[bytes]], *, together: bool) -> int:
+    """The exit status of the first process that fails, or 0.
+
+    Args:
+        workers: The processes.
+        together: Whether they wait for each other, so that one that fails ends all.
+    """
     while True:
         statuses = [worker.poll() for worker in workers]
         failed = [status for status in statuses if status]
-        if failed or None not in statuses:
+        if (failed and together) or None not in statuses:
             break
         time.sleep(0.1)
     for worker in workers:  # the others wait for the failed one, and would wait for ever

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch import Tensor
 from distill import console, storage
 from distill.errors import DivergedError
 from distill.types import Losses
+
+T = TypeVar("T")
 
 PLAIN_SECONDS = 10.0  # between two lines where the output is no terminal
 
@@ -112,17 +114,7 @@ class Display:
         self.name, self.total, self.batch_size, self.epoch = name, total, batch_size, epoch
         self.began_at, self.began, self.shown = done, time.monotonic(), time.monotonic()
         self.text = ""
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(compact=True),
-            console=console.err,
-            disable=not console.err.is_terminal or console.err.quiet,
-            transient=True,
-            refresh_per_second=5,
-        )
+        self.bar = _bar()
         self.task = self.bar.add_task(name, total=total, completed=done, text="")
 
     def __enter__(self) -> Self:
@@ -157,3 +149,75 @@ class Display:
             left = (self.total - step) * self.batch_size / max(rate, 1e-9)
             where = f"epoch {(step - 1) // self.epoch + 1} step {step}/{self.total}"
             console.say(f"{self.name}: {where}  {text}  {left:.0f} s left")
+
+
+class Passage:
+    """How far a pass over data is: a bar on a terminal, elsewhere a plain line every ten seconds.
+
+    Attributes:
+        done: Answers so far.
+    """
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self.began = self.shown = time.monotonic()
+        self.waited = 0.0  # seconds without pixels
+        self.bar = _bar()
+        self.task = self.bar.add_task(name, total=total, text="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    @property
+    def data_wait(self) -> float:
+        """Fraction of the time that was spent waiting for pixels."""
+        return self.waited / max(time.monotonic() - self.began, 1e-9)
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches, and the wait for each of them counted."""
+        source = iter(batches)
+        while True:
+            began = time.monotonic()
+            batch = next(source, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    def advance(self, count: int) -> None:
+        """Count answers in."""
+        self.done += count
+        now, terminal = time.monotonic(), not self.bar.disable
+        if now - self.shown < (0.1 if terminal else PLAIN_SECONDS):
+            return
+        self.shown = now
+        rate = self.done / max(now - self.began, 1e-9)
+        text = f"{rate:,.0f} answers/s, waiting for pixels {self.data_wait:.0%}"
+        if terminal:
+            self.bar.update(self.task, completed=self.done, text=text)
+        else:
+            left = (self.total - self.done) / max(rate, 1e-9)
+            console.say(f"{self.name}: {self.done:,} of {self.total:,}  {text}  {left:.0f} s left")
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(compact=True),
+        console=console.err,
+        disable=not console.err.is_terminal or console.err.quiet,
+        transient=True,
+        refresh_per_second=5,
+    )

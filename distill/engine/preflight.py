@@ -18,14 +18,16 @@ from distill.data import datasets
 from distill.data.datasets import Dataset
 from distill.data.loader import Loader
 from distill.engine import machine, optim
+from distill.engine.networks import facts, trained
 from distill.engine.run import Run
-from distill.engine.session import facts, together, trained
+from distill.engine.session import together
 from distill.engine.step import Distiller, train_step
 from distill.errors import DistillError
 from distill.models import cost, weights
 from distill.models.network import Network
 from distill.recipe import Data, Recipe
 from distill.recipe import Teacher as TeacherSpec
+from distill.teacher import Live
 from distill.types import Batch
 
 CPU = torch.device("cpu")
@@ -204,8 +206,10 @@ def _step(
     """Memory of a device that gets `images` of each batch, and bytes of a checkpoint."""
     distiller = Distiller(student, objectives.build(recipe.objective))
     optimizer = optim.build(distiller, recipe.optimizer)
-    shares = [spec.weight for spec in recipe.teachers]
-    teacher = together(teachers, shares)
+    needed = sorted({name for _, term in distiller.objective.taught() for name in term.features})
+    for network in (student, *teachers):
+        network.tap(needed)
+    teacher = together([Live(network) for network in teachers], recipe)
 
     def kept(batch: Batch) -> int:
         """Bytes that a step on `batch` keeps between its forward and backward pass."""

@@ -16,13 +16,16 @@ from distill import console, evaluate, models, objectives
 from distill.data import datasets
 from distill.data.loader import Loader, evaluation_batches
 from distill.engine import machine, optim
+from distill.engine.cached import Opened, Tutor, open_caches
+from distill.engine.fill import Filler
 from distill.engine.machine import Machine
+from distill.engine.networks import facts, placed, trained
 from distill.engine.step import Distiller
+from distill.errors import IncompatibleError
 from distill.models import cost
 from distill.models.network import Network
 from distill.models.weights import fingerprint
 from distill.recipe import Recipe
-from distill.recipe import Teacher as TeacherSpec
 from distill.teacher import Ensemble, Live, Teacher
 
 TRIED_IMAGES = 256  # that a teacher is shown before training
@@ -36,7 +39,9 @@ class Session(NamedTuple):
     distiller: Distiller
     model: nn.Module  # the distiller, wrapped where there are several processes
     teacher: Teacher | None
-    teachers: list[Network]
+    tutors: list[Tutor]
+    opened: Opened | None  # where teachers answer from a cache
+    filler: Filler | None  # where they are asked while a cache is filled
     optimizer: torch.optim.Optimizer
     ema: AveragedModel | None
     scaler: torch.amp.GradScaler | None
@@ -50,6 +55,14 @@ class Session(NamedTuple):
         assert isinstance(network, Network)
         return network
 
+    def close(self) -> None:
+        """End processes and threads."""
+        self.loader.close()
+        if self.opened is not None:
+            self.opened.caches.close()
+        if self.filler is not None:
+            self.filler.close()
+
 
 def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
     """Build everything a run in `path` needs; clashes between its parts show before step one.
@@ -61,6 +74,34 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
     autocast = machine.autocast(recipe.train.precision, here.device)
     with here.accelerator.local_main_process_first() if recipe.data.download else nullcontext():
         dataset = datasets.load(recipe.data)
+    known = facts(dataset)
+    specs = [trained(spec, path, i) for i, spec in enumerate(recipe.teachers)]
+    networks = [models.build_teacher(spec, **known) for spec in specs]
+    torch.manual_seed(recipe.train.seed)
+    student = models.build_student(recipe.student, **known)
+    identity = {
+        "recipe": recipe.digest(),
+        "data": dataset.fingerprint,
+        "teachers": [fingerprint(network) for network in networks],
+        "student": fingerprint(student) if recipe.student.weights else None,
+    }
+    objective = objectives.build(recipe.objective)
+    needed = sorted({name for _, term in objective.taught() for name in term.features})
+    student.tap(needed)
+    opened = filler = None
+    if recipe.cache is not None and recipe.cache.path is not None and not recipe.cache.fill:
+        opened = open_caches(recipe, dataset, networks, objective, here.device)
+        identity["cache"] = opened.ids
+        members, tutors = opened.members, opened.tutors
+    else:
+        for network in networks:
+            placed(network, here).tap(needed)
+        members = [Live(network) for network in networks]
+        tutors = [_tutor(network, dataset) for network in networks]
+        if recipe.cache is not None and recipe.cache.fill:
+            _require_kept(needed, recipe.cache.features)
+            filler = Filler(recipe, dataset, networks, path / "cache", here)
+            members = list(filler.members)
     loader = Loader(
         dataset,
         recipe.data,
@@ -70,24 +111,14 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         rank=here.rank,
         world=here.world,
         workers=here.workers,
+        num_views=recipe.num_views,
+        audience="both" if any(tutor.network for tutor in tutors) else "student",
+        kept=opened.caches if opened else filler,
     )
-    known = facts(dataset)
-    specs = [trained(spec, path, i) for i, spec in enumerate(recipe.teachers)]
-    teachers = [_placed(models.build_teacher(spec, **known), here) for spec in specs]
-    torch.manual_seed(recipe.train.seed)
-    student = models.build_student(recipe.student, **known)
-    identity = {
-        "recipe": recipe.digest(),
-        "data": dataset.fingerprint,
-        "teachers": [fingerprint(network) for network in teachers],
-        "student": fingerprint(student) if recipe.student.weights else None,
-    }
-    distiller = Distiller(_placed(student, here), objectives.build(recipe.objective)).to(
-        here.device
-    )
-    teacher = together(teachers, [spec.weight for spec in recipe.teachers])
+    distiller = Distiller(placed(student, here), objective).to(here.device)
+    teacher = together(members, recipe)
     if here.compile:
-        for module in (distiller, *teachers):
+        for module in (distiller, *(tutor.network for tutor in tutors if tutor.network)):
             module.compile()
     half = recipe.train.precision == "fp16"
     return Session(
@@ -96,31 +127,15 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         distiller=distiller,
         model=here.accelerator.prepare_model(distiller),
         teacher=teacher,
-        teachers=teachers,
+        tutors=tutors,
+        opened=opened,
+        filler=filler,
         optimizer=optim.build(distiller, recipe.optimizer),
         ema=_average(distiller.student, recipe.train.ema) if recipe.train.ema else None,
         scaler=torch.amp.GradScaler(here.device.type) if half else None,
         autocast=autocast,
         identity=identity,
     )
-
-
-def facts(dataset: datasets.Dataset) -> dict[str, Any]:
-    """What a network has to know of the data."""
-    return {
-        "classes": dataset.classes,
-        "image_size": dataset.image_size,
-        "mean": dataset.mean,
-        "std": dataset.std,
-    }
-
-
-def trained(spec: TeacherSpec, path: Path, position: int) -> TeacherSpec:
-    """The teacher with weights: one that is a recipe has its run beside the student's `path`."""
-    if spec.recipe is None:
-        return spec
-    run = path.parent / (spec.name or f"{path.name}-teacher-{position}")
-    return spec.model_copy(update={"recipe": None, "weights": str(run)})
 
 
 def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
@@ -135,19 +150,25 @@ def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
         f"and {len(dataset.test):,} test images of {dataset.image_size} px in "
         f"{len(dataset.classes):,} classes"
     )
-    warnings = []
+    warnings = [] if session.opened is None else list(session.opened.warnings)
     chance = 1 / len(dataset.classes)
-    for network in session.teachers:
-        told = answers(network, "some", recipe, dataset, here)
-        top1 = evaluate.scores(told).top1
+    for tutor in session.tutors:
+        if tutor.network is not None and dataset.labelled:
+            told = answers(tutor.network, "some", recipe, dataset, here)
+            top1, images = evaluate.scores(told).top1, f"{len(told.ids)} training images"
+        elif "test" in tutor.scores:
+            top1, images = tutor.scores["test"]["top1"], f"{len(dataset.test):,} test images"
+        else:
+            continue
+        cached = "" if tutor.network else ", from its cache"
         console.say(
-            f"teacher {network.model}: {cost.parameters(network):,} parameters, right "
-            f"on {top1:.1%} of {len(told.ids)} training images"
+            f"teacher {tutor.model}{cached}: {tutor.parameters:,} parameters, right on {top1:.1%} "
+            f"of {images}"
         )
         if top1 < 1.5 * chance:
             warnings.append(
-                f"teacher {network.model} is right on {top1:.1%} of {len(told.ids)} "
-                f"training images, and chance is {chance:.1%}: mind its weights and classes"
+                f"teacher {tutor.model} is right on {top1:.1%} of {images}, and chance is "
+                f"{chance:.1%}: mind its weights and classes"
             )
     console.say(
         f"student {student.model}: {cost.parameters(student):,} parameters, "
@@ -186,18 +207,30 @@ def answers(
     return evaluate.predict(network, batches, autocast=autocast)
 
 
-def _placed(network: Network, here: Machine) -> Network:
-    """On the device; convolutional networks channels-last, which is their kernels' own order."""
-    network = network.to(here.device)
-    return network.to(memory_format=torch.channels_last) if network.is_convolutional else network
+def _require_kept(needed: list[str], kept: list[str]) -> None:
+    if missing := [name for name in needed if name not in kept]:
+        raise IncompatibleError(
+            f"objective: reads the feature {missing[0]}, which would not be kept",
+            hint=f"--set cache.features=[{', '.join([*kept, *missing])}]",
+        )
 
 
-def together(networks: Sequence[Network], weights: list[float]) -> Teacher | None:
-    """The networks as one teacher; None where there is none."""
-    members = [Live(network) for network in networks]
+def together(members: Sequence[Teacher], recipe: Recipe) -> Teacher | None:
+    """The recipe's teachers as one; None where there is none."""
     if len(members) < 2:
         return members[0] if members else None
-    return Ensemble(members, weights)
+    weights = [spec.weight for spec in recipe.teachers]
+    return Ensemble(members, weights, recipe.ensemble)
+
+
+def _tutor(network: Network, dataset: datasets.Dataset) -> Tutor:
+    return Tutor(
+        network.model,
+        cost.parameters(network),
+        cost.flops(network, dataset.image_size),
+        network,
+        {},
+    )
 
 
 def _average(student: nn.Module, decay: float) -> AveragedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +14,23 @@ import torch
 from distill import console, evaluate, schedule, storage
 from distill.data import datasets
 from distill.engine import checkpoint, machine, optim
+from distill.engine.cached import Tutor
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.machine import Machine, StopRequest
 from distill.engine.monitor import Display, Monitor
+from distill.engine.networks import trained
 from distill.engine.run import Result, Run
-from distill.engine.session import Session, announce, answers, prepare, trained
+from distill.engine.session import Session, announce, answers, prepare
 from distill.engine.step import Step, train_step
-from distill.errors import IdentityError, Stopped
+from distill.errors import PreflightError, Stopped
 from distill.evaluate import Predictions
+from distill.identity import require_same
 from distill.models import cost, weights
 from distill.recipe import Recipe
 
 ROW_STEPS = 50  # steps between two rows of metrics.jsonl, or an epoch where that is shorter
 RATIO = (0.05, 50.0)  # of teacher's to labels' gradient; outside it one of them decides alone
+ANOTHER_OUT = "give another --out, or `--restart` to replace it"
 RATIO_PART = 0.1  # of the run in which it counts: later the labels are learned, and pull no more
 
 
@@ -79,10 +84,7 @@ def train(
     )
     out = Path(out)
     with machine.stop_request() as stop:
-        for i, spec in enumerate(recipe.teachers):
-            if spec.recipe is not None:
-                run = trained(spec, out, i).weights
-                _run(spec.recipe, Path(str(run)), here, stop, restart=False)
+        train_teachers(recipe, out, here, stop)
         result, told = _run(recipe, out, here, stop, restart=restart)
         if baseline:
             alone = recipe.without_teacher()
@@ -90,6 +92,27 @@ def train(
             if result.baseline != plain.to_json():
                 result = _with_baseline(recipe, result, plain, here, told, said)
     return result
+
+
+def train_teachers(
+    recipe: Recipe, path: Path, here: Machine, stop: StopRequest, *, alone: bool = True
+) -> None:
+    """Train those of the recipe's teachers that are recipes and have no run beside `path` yet.
+
+    Raises:
+        PreflightError: If one has none and this process is not alone: two would both train it.
+    """
+    for i, spec in enumerate(recipe.teachers):
+        if spec.recipe is None:
+            continue
+        run = Run(Path(str(trained(spec, path, i).weights)))
+        if not alone and run.finished() is None:
+            raise PreflightError(
+                f"{run.path}: the teacher is not trained yet, and the parts of a job cannot all "
+                "train it",
+                hint=f"distill train its recipe with --out {run.path} first",
+            )
+        _run(spec.recipe, run.path, here, stop, restart=False)
 
 
 def _with_baseline(
@@ -136,11 +159,12 @@ def _run(
             run.clear()
         here.accelerator.wait_for_everyone()
         if (result := run.finished()) is not None:
-            if changed := checkpoint.differences(result.identity, session.identity):
-                raise IdentityError(
-                    f"{path}: holds a finished run of something else: " + "; ".join(changed[:8]),
-                    hint="give another --out, or `--restart` to replace it",
-                )
+            require_same(
+                result.identity,
+                session.identity,
+                origin=f"{path}: holds a finished run of something else",
+                hint=ANOTHER_OUT,
+            )
             console.say(f"{path}: finished already; --restart trains again")
             return result._replace(run=str(path)), None  # it may have been moved
         if here.main:
@@ -153,18 +177,18 @@ def _run(
             counter = fit(recipe, run, session, here, stop)
             return _finish(recipe, run, session, here, counter)
         finally:
-            session.loader.close()
+            session.close()
             here.accelerator.free_memory()
 
 
 def _require_same_recipe(run: Run, recipe: Recipe) -> None:
     if run.recipe.exists():
-        before = Recipe.load(run.recipe).identity()
-        if changed := checkpoint.differences(before, recipe.identity()):
-            raise IdentityError(
-                f"{run.path}: holds a run of another recipe: " + "; ".join(changed[:8]),
-                hint="give another --out, or `--restart` to replace it",
-            )
+        require_same(
+            Recipe.load(run.recipe).identity(),
+            recipe.identity(),
+            origin=f"{run.path}: holds a run of another recipe",
+            hint=ANOTHER_OUT,
+        )
 
 
 def fit(recipe: Recipe, run: Run, session: Session, here: Machine, stop: StopRequest) -> Counter:
@@ -206,6 +230,8 @@ def fit(recipe: Recipe, run: Run, session: Session, here: Machine, stop: StopReq
                     display.losses({name: written[name] for name in monitor.names})
                     _mind_balance(written, step / total, warnings)
                 if step % loader.steps_per_epoch == 0:
+                    if session.filler is not None:
+                        session.filler.finish(loader.view(epoch), loader.views)
                     _validate(recipe, session, monitor, here, step)
                 display.step(step)
                 stopped = stop.agreed(here) if row or here.world == 1 else None
@@ -326,27 +352,33 @@ def _resume(run: Run, session: Session, monitor: Monitor, here: Machine) -> Coun
     return Counter(found.step, found.values["seconds"], found.values["warnings"])
 
 
+def _test_scores(
+    tutor: Tutor, recipe: Recipe, dataset: datasets.Dataset, here: Machine
+) -> dict[str, float]:
+    if tutor.network is None:
+        return {}
+    return evaluate.scores(answers(tutor.network, "test", recipe, dataset, here))._asdict()
+
+
 def _finish(
     recipe: Recipe, run: Run, session: Session, here: Machine, counter: Counter
 ) -> tuple[Result, Predictions]:
     """Read the test split, once, and write the student and the result."""
     dataset, student = session.dataset, session.student
     told = answers(student, "test", recipe, dataset, here)
-    teachers = [
-        {
-            "model": network.model,
-            "run": spec.weights,
-            "weight": spec.weight,
-            "parameters": cost.parameters(network),
-            "flops": cost.flops(network, dataset.image_size),
-            **evaluate.scores(answers(network, "test", recipe, dataset, here))._asdict(),
-        }
-        for network, spec in zip(
-            session.teachers,
-            [trained(spec, run.path, i) for i, spec in enumerate(recipe.teachers)],
-            strict=True,
+    specs = [trained(spec, run.path, i) for i, spec in enumerate(recipe.teachers)]
+    teachers = []
+    for tutor, spec in zip_longest(session.tutors, specs):
+        teachers.append(
+            {
+                "model": tutor.model,
+                "run": spec and spec.weights,  # None where a cache alone stands for the teacher
+                "weight": spec.weight if spec else 1.0,
+                "parameters": tutor.parameters,
+                "flops": tutor.flops,
+                **(tutor.scores.get("test") or _test_scores(tutor, recipe, dataset, here)),
+            }
         )
-    ]
     values: dict[str, Any] = evaluate.scores(told)._asdict()
     if len(dataset.val_ids):
         held_out = answers(student, "val", recipe, dataset, here)

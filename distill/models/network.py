@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill.component import Count
 from distill.errors import IncompatibleError
+from distill.models import taps
 from distill.types import Outputs
 
 Channels = tuple[float, float, float]  # one value each for red, green and blue
@@ -81,6 +82,8 @@ class Network(nn.Module):
         self.description = description
         self.input_size = description.input_size
         self.reinitialised = tuple(reinitialised)
+        self._tapped: tuple[str, ...] = ()
+        self._seen: dict[str, Tensor] = {}  # by the backbone's hooks, in the pass in work
         self.classes = description.classes
         if selection is not None and self.classes is not None:
             self.classes = tuple(self.classes[i] for i in selection)
@@ -100,7 +103,26 @@ class Network(nn.Module):
         logits = self.backbone((images - self.mean) / self.std)
         if self.selection is not None:
             logits = logits.index_select(1, self.selection)
-        return Outputs(logits)
+        if not self._tapped:
+            return Outputs(logits)
+        features = {name: self._seen[name] for name in self._tapped}
+        self._seen.clear()
+        return Outputs(logits, features)
+
+    def tap(self, names: Sequence[str]) -> None:
+        """Give these features with every answer from now on.
+
+        Args:
+            names: `pooled`, what the classifier reads, (B, D); or a module of the backbone, for
+                what it returns. Those that are given already stay.
+
+        Raises:
+            IncompatibleError: If there is no such feature; the known ones are named.
+        """
+        for name in names:
+            if name not in self._tapped:
+                taps.attach(self.backbone, name, self._seen, self.description.num_classes)
+                self._tapped = (*self._tapped, name)
 
     @property
     def model(self) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -121,17 +122,42 @@ def fingerprint(network: Network) -> str:
     selection = None if network.selection is None else network.selection.tolist()
     digest.update(network.description.model_dump_json().encode())
     digest.update(json.dumps(selection).encode())
-    for name, tensor in sorted(network.backbone.state_dict().items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(plain.numpy())
+    _add_tensors(digest, network.backbone)
     return digest.hexdigest()
+
+
+def identity(network: Network) -> dict[str, Any]:
+    """What `fingerprint` covers, part by part, so that a difference can be named."""
+    digest = hashlib.sha256()
+    _add_tensors(digest, network.backbone)
+    description = network.description.model_dump(mode="json", exclude={"format", "classes"})
+    selection = None if network.selection is None else network.selection.tolist()
+    return {
+        **description,
+        "classes": names_fingerprint(network.classes),
+        "selection": selection and names_fingerprint(map(str, selection)),
+        "weights": digest.hexdigest(),
+    }
+
+
+def names_fingerprint(names: Iterable[str] | None) -> str | None:
+    """SHA-256 of names in their order; None where there are none."""
+    if names is None:
+        return None
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def listed(names: list[str]) -> str:
     """Up to five names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
+
+
+def _add_tensors(digest: hashlib._Hash, backbone: nn.Module) -> None:
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(plain.numpy())
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Description | None]:

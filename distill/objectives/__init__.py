@@ -35,6 +35,11 @@ class Objective(nn.Module):
         )
         return Losses(functools.reduce(torch.add, weighted), parts, student.logits.detach())
 
+    def taught(self) -> list[tuple[str, Term]]:
+        """The terms that read what a teacher says, and their names."""
+        terms = [(name, term) for name, term in self.terms.items() if isinstance(term, Term)]
+        return [(name, term) for name, term in terms if term.needs_teacher]
+
     def weights_at(self, progress: float) -> dict[str, float]:
         """Each term's weight at `progress`, the finished fraction of the run in [0, 1]."""
         return {name: schedule.value(weight, progress) for name, weight in self.weights.items()}

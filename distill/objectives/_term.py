@@ -15,6 +15,7 @@ class Term(nn.Module, ABC):
 
     needs_teacher: ClassVar[bool] = True  # False for a term that reads labels alone
     needs_labels: ClassVar[bool] = False
+    features: tuple[str, ...] = ()  # of student and teacher that it reads, by name
 
     @property
     def needs_tail(self) -> bool:

@@ -43,6 +43,7 @@ def dataset(source: Source, size: int, *, left_out: int = 5) -> Dataset:
         std=(0.2, 0.2, 0.2),
         max_pixels=10**6,
         bad=(),
+        content="",
         fingerprint="",
     )
 

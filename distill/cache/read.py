@@ -1,0 +1,264 @@
+"""Reading a cache: any rows of a view at once, the next view fetched and checked meanwhile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+from safetensors.numpy import load as load_tensors
+
+from distill import storage
+from distill.cache import verify, write
+from distill.cache.layout import CANARIES, SAMPLES, Column, Manifest, Unit, view_part
+from distill.cache.store import Folder, Store
+from distill.errors import DamagedError, IdentityError, IncompleteError
+
+_TYPES = {
+    "U8": np.uint8, "U16": np.uint16, "U32": np.uint32,
+    "F16": np.float16, "F32": np.float32, "I64": np.int64,
+}  # fmt: skip
+_OPEN = 2  # views: the one that is read and the one that comes next
+_KEPT = 3  # views of a store that is far away, on this machine's disk
+_FETCHED = 8  # files at once
+
+
+class Reader:
+    """The rows of a cache, by sample and view.
+
+    A view is checked byte for byte when it is opened, which also brings it into memory in the
+    order of the disk; so no training reads what was altered, or waits for a random read.
+
+    Attributes:
+        row_bytes: Bytes of a row.
+
+    Args:
+        store: Where the cache lies.
+        manifest: What it is.
+        num_views: How many of its views are read, in turn.
+        partial: Whether some views may not be there yet.
+        scratch: Where views of a store that is far away are kept while they are needed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        *,
+        num_views: int,
+        partial: bool = False,
+        scratch: Path | None = None,
+    ) -> None:
+        self.store, self.manifest, self.num_views = store, manifest, num_views
+        self._partial = partial
+        self.row_bytes = manifest.row_bytes
+        tensors = samples(store)
+        self.ids, self.val_ids = tensors["train"], tensors["val"]
+        self._row = np.full(int(self.ids[-1]) + 2, -1, np.int32)
+        self._row[self.ids] = np.arange(len(self.ids), dtype=np.int32)
+        self._scratch = scratch or _default_scratch() / manifest.id[:16]
+        self._pool = ThreadPoolExecutor(1)
+        self._views: dict[int, Future[_View]] = {}
+
+    def require(self, ids: Int[ndarray, " n"], *, exact: bool) -> None:
+        """Refuse to serve samples that are not in it.
+
+        Args:
+            ids: Sorted ids of the samples that are trained on.
+            exact: Whether they must be all of the cache's, as where views mix pairs of samples.
+
+        Raises:
+            IdentityError: If it has not the right ones.
+        """
+        within = bool(np.isin(ids, self.ids, assume_unique=True).all())
+        if not within or (exact and len(ids) != len(self.ids)):
+            raise IdentityError(
+                f"{self.store.origin}: has {len(self.ids):,} training images, and these "
+                f"{len(ids):,} are not " + ("exactly them" if exact else "among them"),
+                hint="mind data.fraction, data.val and data.seed"
+                + ("; with mixup or cutmix they decide who is mixed with whom" if exact else ""),
+            )
+
+    def complete(self, view: int) -> bool:
+        """Whether all units of a view are there."""
+        sizes = self.store.sizes()
+        part = view_part(view)
+        units = [unit for unit in self.manifest.units(view + 1) if unit.part == part]
+        return all(sizes.get(unit.name) == self.manifest.size_of(unit) for unit in units)
+
+    def rows(self, ids: Int[ndarray, " n"], view: int) -> dict[str, ndarray]:
+        """The columns of these samples in a view; the next view is opened behind the scenes.
+
+        Raises:
+            DamagedError: If a file of the view is not what was written.
+            PreflightError: If it cannot be read.
+        """
+        opened = self._open(view).result()
+        for old in [v for v in self._views if v != view][: max(0, len(self._views) - _OPEN)]:
+            del self._views[old]
+        following = (view + 1) % self.num_views
+        if following not in self._views and not (self._partial and not self.complete(following)):
+            self._open(following)
+        return opened.rows(self._row[ids])
+
+    def evaluation(self, split: str) -> Float[ndarray, "N K"]:
+        """The logits of every image of `test` or `val`, exactly as the teacher gave them.
+
+        Raises:
+            DamagedError: If a file is not what was written.
+        """
+        units = [unit for unit in self.manifest.units(0) if unit.part == split]
+        found = [_columns(self.manifest, unit, self._local(unit))["logits"] for unit in units]
+        whole = np.concatenate(found) if found else np.zeros((0, self.manifest.num_classes), "f4")
+        return whole
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        self._pool.shutdown(cancel_futures=True)
+        self._views.clear()
+
+    def _open(self, view: int) -> Future[_View]:
+        if view not in self._views:
+            self._views[view] = self._pool.submit(self._load, view)
+        return self._views[view]
+
+    def _load(self, view: int) -> _View:
+        part = view_part(view)
+        units = [unit for unit in self.manifest.units(view + 1) if unit.part == part]
+        if not isinstance(self.store, Folder):
+            self._make_room(view)
+        with ThreadPoolExecutor(_FETCHED) as pool:
+            files = list(pool.map(self._local, units))
+        each = [_columns(self.manifest, u, f) for u, f in zip(units, files, strict=True)]
+        columns = {
+            column.name: [found[column.name] for found in each] for column in self.manifest.columns
+        }
+        return _View(columns, self.manifest.unit_rows, self.manifest.columns)
+
+    def _local(self, unit: Unit) -> Path:
+        """A unit's file on a disk of this machine."""
+        if isinstance(self.store, Folder):
+            return self.store.path / unit.name
+        path = self._scratch / unit.name
+        if not path.exists() or path.stat().st_size != self.manifest.size_of(unit):
+            data = self.store.read(unit.name)
+            if data is None:
+                raise DamagedError(f"{self.store.origin}/{unit.name}: is missing", hint=_REPAIR)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.write(path, data)
+        os.utime(path.parent)
+        return path
+
+    def _make_room(self, view: int) -> None:
+        """Remove the views on this machine's disk that were not read for longest."""
+        folder = self._scratch / "views"
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.sweep(self._scratch, seconds=3600)
+        there = sorted(
+            (path for path in folder.iterdir() if path.name != Path(view_part(view)).name),
+            key=lambda path: path.stat().st_mtime,
+        )
+        for old in there[: max(0, len(there) - _KEPT + 1)]:
+            shutil.rmtree(old, ignore_errors=True)  # who has it open keeps its content
+
+
+class _View:
+    """The files of one view in memory."""
+
+    def __init__(
+        self, columns: dict[str, list[ndarray]], unit_rows: int, shapes: tuple[Column, ...]
+    ) -> None:
+        self._columns, self._unit_rows, self._shapes = columns, unit_rows, shapes
+
+    def rows(self, at: Int[ndarray, " n"]) -> dict[str, ndarray]:
+        if len(next(iter(self._columns.values()))) == 1:
+            return {name: np.take(only, at, axis=0) for name, (only,) in self._columns.items()}
+        found = {
+            column.name: np.empty((len(at), *column.shape), _TYPES[column.dtype])
+            for column in self._shapes
+        }
+        unit = at // self._unit_rows
+        order = np.argsort(unit, kind="stable")
+        present, starts = np.unique(unit[order], return_index=True)
+        for number, rows in zip(present, np.split(order, starts[1:]), strict=True):
+            local = at[rows] - number * self._unit_rows
+            for name, units in self._columns.items():
+                found[name][rows] = np.take(units[number], local, axis=0)
+        return found
+
+
+def require_complete(store: Store, manifest: Manifest, num_views: int) -> None:
+    """Refuse to train on views that are not all there.
+
+    Raises:
+        IncompleteError: If some are missing.
+    """
+    if manifest.views < num_views:
+        raise IncompleteError(
+            f"{store.origin}: has {manifest.views} views of every image, the recipe reads "
+            f"{num_views}",
+            hint=f"`distill teacher-cache RECIPE --views {num_views}` adds them, or read fewer: "
+            f"--set cache.views={manifest.views}",
+        )
+    if left := write.missing(store, manifest, num_views):
+        raise IncompleteError(
+            f"{store.origin}: {len(left):,} of {len(manifest.units(num_views)):,} units are still "
+            f"missing, the first is {left[0].name}",
+            hint="`distill teacher-cache RECIPE` goes on where it stopped; `--status` shows more",
+        )
+
+
+def samples(store: Store) -> dict[str, Int[ndarray, " n"]]:
+    """The ids of the rows of a view (`train`) and of the validation split (`val`)."""
+    return _tensors(store, SAMPLES)
+
+
+def canaries(store: Store) -> dict[str, ndarray]:
+    """Positions, views, pixel checksums and logits of the canaries."""
+    return _tensors(store, CANARIES)
+
+
+_REPAIR = "`distill teacher-cache RECIPE --verify full --repair` finds and makes again what is bad"
+
+
+def _tensors(store: Store, name: str) -> dict[str, ndarray]:
+    data = store.read(name)
+    try:
+        if data is None:
+            raise ValueError("is missing")
+        found: dict[str, ndarray] = load_tensors(data)
+        return found
+    except Exception as error:  # safetensors has a type of its own for every reader
+        raise DamagedError(f"{store.origin}/{name}: {error}", hint=_REPAIR) from None
+
+
+def _columns(manifest: Manifest, unit: Unit, path: Path) -> dict[str, ndarray]:
+    """The columns of a unit's file as arrays over its memory map, every byte checked."""
+    try:
+        mapped = np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: {error}", hint=_REPAIR) from None
+    data = mapped.data
+    stated = manifest.checksums(unit, bytes(data[:65_536]))
+    if len(data) != manifest.size_of(unit) or any(verify.changed(manifest, unit, data, stated)):
+        raise DamagedError(f"{path}: its content changed after it was written", hint=_REPAIR)
+    offset = len(manifest.header(unit, stated))
+    found = {}
+    for column in manifest.columns_of(unit):
+        size = column.row_bytes * unit.rows
+        values = np.frombuffer(data[offset : offset + size], _TYPES[column.dtype])
+        found[column.name] = values.reshape(unit.rows, *column.shape)
+        offset += size
+    return found
+
+
+def _default_scratch() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    if not os.access(base if base.exists() else base.parent, os.W_OK):
+        base = Path(tempfile.gettempdir())
+    return base / "distill" / "views"

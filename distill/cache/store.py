@@ -1,0 +1,199 @@
+"""Where a cache lies: a folder, or a place in an object store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill import storage
+from distill.errors import PreflightError, RecipeError
+from distill.recipe import Teacher
+
+ORPHAN_SECONDS = 3600.0  # after which a half-written file is nobody's: no unit takes an hour
+
+
+class Store(ABC):
+    """Files by name, each whole or absent."""
+
+    origin: str  # as a user names it
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, by its name relative to the store."""
+
+    @abstractmethod
+    def read(self, name: str, most: int | None = None) -> bytes | None:
+        """The file, or its first `most` bytes; None where there is none."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Put a file there, in place of one that may be there."""
+
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> None:
+        """Put a file there unless there is one."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def below(self, name: str) -> Store:
+        """The store of the folder `name`."""
+        return open_store(f"{self.origin.rstrip('/')}/{name}")
+
+
+class Folder(Store):
+    """A folder on a disk of this machine, or one that looks like it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.origin = path, str(path)
+
+    def sizes(self) -> dict[str, int]:
+        with self._refusals(self.path):
+            return {
+                path.relative_to(self.path).as_posix(): path.stat().st_size
+                for path in self.path.rglob("*")
+                if not path.name.startswith(".") and path.is_file()
+            }
+
+    def read(self, name: str, most: int | None = None) -> bytes | None:
+        try:
+            with self._refusals(self.path / name), (self.path / name).open("rb") as file:
+                return file.read(-1 if most is None else most)
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        self._put(storage.write, name, data)
+
+    def create(self, name: str, data: bytes) -> None:
+        self._put(storage.create, name, data)
+
+    def remove(self, name: str) -> None:
+        with self._refusals(self.path / name):
+            (self.path / name).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half written."""
+        storage.sweep(self.path, seconds=ORPHAN_SECONDS)
+
+    def _put(self, put: Callable[[Path, bytes], None], name: str, data: bytes) -> None:
+        path = self.path / name
+        with self._refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        put(path, data)
+
+    @contextmanager
+    def _refusals(self, path: Path) -> Generator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise PreflightError(f"{path}: {error.strerror or error}") from None
+
+
+class Bucket(Store):
+    """A place in an object store that fsspec reaches, such as s3://bucket/folder."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.origin = url
+        protocol = url.partition("://")[0]
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
+        except ImportError:
+            extra = {"s3": "s3", "gs": "gs", "gcs": "gs"}.get(protocol)
+            package = f'".[{extra}]"' if extra else f"the fsspec implementation of {protocol}"
+            raise PreflightError(
+                f"{url}: needs a package that is not installed", hint=f"pip install {package}"
+            ) from None
+        except ValueError as error:
+            raise RecipeError(f"{url}: {error}") from None
+
+    def sizes(self) -> dict[str, int]:
+        with self._refusals(""):
+            self._files.invalidate_cache()  # other writers are at work
+            found: dict[str, Any] = self._files.find(self._root, detail=True)
+        start = len(self._root.rstrip("/")) + 1
+        return {path[start:]: entry["size"] for path, entry in found.items()}
+
+    def read(self, name: str, most: int | None = None) -> bytes | None:
+        with self._refusals(name):
+            try:
+                data: bytes = self._files.cat_file(self._path(name), start=0, end=most)
+            except FileNotFoundError:
+                return None
+        return data
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._refusals(name):
+            self._files.pipe_file(self._path(name), data)  # a PUT is atomic
+
+    def create(self, name: str, data: bytes) -> None:
+        with self._refusals(name):
+            # Two that come at once write the same bytes: what is created follows from the recipe.
+            self._files.invalidate_cache()
+            if not self._files.exists(self._path(name)):
+                self._files.pipe_file(self._path(name), data)
+
+    def remove(self, name: str) -> None:
+        with self._refusals(name):
+            if self._files.exists(self._path(name)):
+                self._files.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @contextmanager
+    def _refusals(self, name: str) -> Generator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise PreflightError(f"{self.origin}: no such place: {error}") from None
+        # Each object store's client has exceptions of its own, without a common parent.
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise PreflightError(
+                f"{self.origin}/{name}: {text:.300}",
+                hint="mind the address, the credentials and the network, and run again",
+            ) from None
+
+
+def open_store(place: str) -> Store:
+    """The store at a folder's path, or at an address such as s3://bucket/folder."""
+    if "://" in place and not place.startswith("file://"):
+        return Bucket(place)
+    return Folder(Path(place.removeprefix("file://")).expanduser())
+
+
+class Place(NamedTuple):
+    """Where the answers of one teacher lie."""
+
+    name: str
+    store: Store
+
+
+def places(teachers: Sequence[Teacher], path: str) -> list[Place]:
+    """A cache for each teacher: `path` itself for one, a folder below it for each of several.
+
+    Where no teacher is named, the cache at `path` stands for one.
+    """
+    root = open_store(path)
+    if len(teachers) < 2:
+        return [Place(_label(spec), root) for spec in teachers] or [Place("cache", root)]
+    found: list[Place] = []
+    for spec in teachers:
+        name, taken = _label(spec), {place.name for place in found}
+        unique = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 99))) if n not in taken)
+        found.append(Place(unique, root.below(unique)))
+    return found
+
+
+def _label(spec: Teacher) -> str:
+    name = spec.name or spec.model or str(spec.weights).rstrip("/").rpartition("/")[2]
+    return name.replace("/", "-").replace(":", "-")

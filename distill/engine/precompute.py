@@ -1,0 +1,475 @@
+"""The teachers' pass over the data: every view of every image, once, in files.
+
+The work is a list that follows from the manifests alone; a process takes every N-th piece of it
+and skips what is there. So it can be killed, started twice, or spread over machines that know
+nothing of each other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill import console, evaluate, models, storage
+from distill.cache import write
+from distill.cache.layout import Manifest, Unit, view_part
+from distill.cache.read import Reader
+from distill.cache.store import Folder, Store, places
+from distill.cache.write import Writer
+from distill.data.datasets import Dataset
+from distill.data.loader import evaluation_batches
+from distill.data.pixels import Views
+from distill.engine import cached
+from distill.engine.canaries import tell
+from distill.engine.machine import Machine, StopRequest
+from distill.engine.monitor import Passage
+from distill.engine.networks import facts, placed, trained
+from distill.errors import PreflightError, Stopped
+from distill.models.network import Network
+from distill.recipe import Recipe
+from distill.teacher import pack
+
+VIEWS_PER_READ = 4  # views made from one decoded file
+BATCH_SIZE = {"cuda": 512, "mps": 256, "cpu": 128}  # images that a teacher answers at once
+PROBE_SECONDS = 10.0
+
+
+class Job(NamedTuple):
+    """A teacher and its cache."""
+
+    name: str
+    store: Store
+    network: Network
+    manifest: Manifest
+
+
+class Settings(NamedTuple):
+    """How the pass is made; nothing here decides what is in the cache."""
+
+    shard: tuple[int, int] = (1, 1)  # which part of how many, from 1
+    time_limit: float | None = None  # seconds
+    batch_size: int | None = None
+    views_per_read: int = VIEWS_PER_READ
+    unit_rows: int | None = None
+    compile: bool = False
+    min_top1: float | None = None  # of the teacher on the test split
+
+
+class Built(NamedTuple):
+    """What a pass has done."""
+
+    teachers: list[dict[str, object]]  # name, path, model, units, missing, bytes, scores
+    units: int  # made by this pass
+    images: int  # views that were answered
+    seconds: float
+    data_wait: float  # fraction of the time spent waiting for pixels
+    warnings: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing, of this part or another."""
+        return all(teacher["missing"] == 0 for teacher in self.teachers)
+
+
+class Piece(NamedTuple):
+    """A block of rows of some views, or of an evaluation split: what is made at a time."""
+
+    part: str  # test, val or views
+    views: tuple[int, ...]
+    block: int
+    start: int
+    rows: int
+
+    def units(self, wanted: set[str]) -> list[Unit]:
+        """Those of its units whose files are wanted."""
+        parts = [view_part(view) for view in self.views] or [self.part]
+        units = [Unit(part, self.block, self.start, self.rows) for part in parts]
+        return [unit for unit in units if unit.name in wanted]
+
+
+def build_jobs(recipe: Recipe, path: str, run: Path, dataset: Dataset, here: Machine) -> list[Job]:
+    """The recipe's teachers on the device, with the caches that they would have today.
+
+    Args:
+        recipe: Has a `cache` section and teachers.
+        path: Where the caches lie.
+        run: The run directory beside which teachers that are recipes have theirs.
+        dataset: What they are asked about.
+        here: Where.
+
+    Raises:
+        PreflightError: If a teacher's run is not there.
+    """
+    jobs = []
+    num_views = recipe.num_views
+    assert num_views is not None
+    for i, (spec, place) in enumerate(
+        zip(recipe.teachers, places(recipe.teachers, path), strict=True)
+    ):
+        network = placed(models.build_teacher(trained(spec, run, i), **facts(dataset)), here)
+        wanted = cached.manifest(recipe, dataset, network, num_views=num_views, unit_rows=None)
+        jobs.append(Job(place.name, place.store, network, wanted))
+    return jobs
+
+
+def precompute(
+    recipe: Recipe,
+    jobs: Sequence[Job],
+    dataset: Dataset,
+    here: Machine,
+    stop: StopRequest,
+    settings: Settings,
+) -> Built:
+    """Make this part of the caches, or what is still missing of it.
+
+    Raises:
+        IdentityError: If a cache was begun from something else; nothing is written.
+        PreflightError: If there is no room, or a teacher is worse than it must be.
+        Stopped: If a signal or the time limit came; the same call goes on.
+    """
+    began = time.monotonic()
+    jobs, warnings = _begin(recipe, jobs, dataset, here, settings)
+    for warning in warnings:
+        console.warn(warning)
+    num_views = recipe.num_views
+    left = {job.name: write.missing(job.store, job.manifest, num_views) for job in jobs}
+    for job in jobs:
+        _require_room(job, left[job.name])
+    wanted = {name: {unit.name for unit in units} for name, units in left.items()}
+    if settings.compile:
+        for job in jobs:
+            job.network.compile()
+    total = _answers_of(jobs, wanted, settings, num_views)
+    with Passage(jobs[0].store.origin, total) as passage:
+        made = 0
+        for rows in sorted({job.manifest.unit_rows for job in jobs}):
+            alike = [job for job in jobs if job.manifest.unit_rows == rows]
+            worker = _Pass(recipe, alike, dataset, here, stop, settings, passage, began)
+            made += worker.run(wanted, num_views)
+    teachers = [_finished(job, dataset) for job in jobs]
+    return Built(
+        teachers, made, passage.done, time.monotonic() - began, passage.data_wait, warnings
+    )
+
+
+class _Pass:
+    """One process's way through the pieces of caches that are cut alike."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        jobs: list[Job],
+        dataset: Dataset,
+        here: Machine,
+        stop: StopRequest,
+        settings: Settings,
+        passage: Passage,
+        began: float,
+    ) -> None:
+        self.recipe, self.jobs, self.dataset, self.here = recipe, jobs, dataset, here
+        self.stop, self.settings, self.passage = stop, settings, passage
+        self.deadline = None if settings.time_limit is None else began + settings.time_limit
+        self.longest = 0.0  # seconds that a piece took
+        self.batch_size = settings.batch_size or BATCH_SIZE[here.device.type]
+
+    def run(self, wanted: dict[str, set[str]], num_views: int | None) -> int:
+        """Make what is wanted of this part; return how many units that were."""
+        made = 0
+        views = Views(
+            self.dataset,
+            self.recipe.data,
+            device=self.here.device,
+            workers=self.here.workers,
+            audience="teacher",
+        )
+        writers = {job.name: Writer(job.store, job.manifest) for job in self.jobs}
+        try:
+            for piece in pieces(self.jobs[0].manifest, self.settings, num_views):
+                if piece.part == "views" and self.settings.min_top1 is not None:
+                    self._require_good()
+                units = {job.name: piece.units(wanted[job.name]) for job in self.jobs}
+                if not any(units.values()):
+                    continue
+                self._mind_the_time(ahead=self.longest)
+                started = time.monotonic()
+                for name, answers in self._answers(piece, units, views).items():
+                    for unit, columns in answers:
+                        writers[name].put(unit, columns)
+                        made += 1
+                self.longest = max(self.longest, time.monotonic() - started)
+        finally:
+            views.close()
+            for writer in writers.values():  # what is made is kept, whatever came
+                writer.close()
+        return made
+
+    def _answers(
+        self, piece: Piece, units: dict[str, list[Unit]], views: Views
+    ) -> dict[str, list[tuple[Unit, dict[str, np.ndarray]]]]:
+        """The columns of a piece's units, made on the device and brought to the host at the end."""
+        asked = [job for job in self.jobs if units[job.name]]
+        numbers = sorted({unit.part for each in units.values() for unit in each})
+        place = {part: i for i, part in enumerate(numbers)}
+        kept: dict[str, dict[str, Tensor]] = {job.name: {} for job in asked}
+        for images, which in self._images(piece, numbers, views):
+            self._mind_the_time()
+            at = torch.from_numpy(which).to(self.here.device, non_blocking=True)
+            for job in asked:
+                outputs = tell(job.network, images, self.recipe, self.here.device)
+                if piece.part == "views":
+                    columns = pack(job.manifest.codec, outputs)
+                else:
+                    columns = {"logits": outputs.logits.float()}
+                _keep(kept[job.name], columns, at, len(numbers) * piece.rows)
+            self.passage.advance(len(which) * len(asked))
+        found = {}
+        for job in asked:
+            host = {name: column.cpu().numpy() for name, column in kept[job.name].items()}
+            found[job.name] = [
+                (unit, _rows(job.manifest, host, unit, place[unit.part] * piece.rows))
+                for unit in units[job.name]
+            ]
+        return found
+
+    def _images(
+        self, piece: Piece, parts: list[str], views: Views
+    ) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """Images of a piece, and which row of its parts, one after the other, each is."""
+        if piece.part == "views":
+            rows = np.arange(piece.start, piece.start + piece.rows)
+            numbers = [int(part.rpartition("v")[2]) for part in parts]
+            positions = np.tile(rows, len(numbers))
+            batches = views.single(
+                positions, np.repeat(numbers, len(rows)), batch_size=self.batch_size
+            )
+            for batch, which in self.passage.timed(batches):
+                yield batch.images, which
+            return
+        test = piece.part == "test"
+        source = self.dataset.test if test else self.dataset.train
+        ids = np.arange(len(source)) if test else self.dataset.val_ids
+        first = 0
+        evaluation = evaluation_batches(
+            self.dataset,
+            source,
+            ids[piece.start : piece.start + piece.rows],
+            self.recipe.data,
+            batch_size=self.batch_size,
+            device=self.here.device,
+            workers=self.here.workers,
+        )
+        for images, _, _ in self.passage.timed(evaluation):
+            yield images, np.arange(first, first + len(images))
+            first += len(images)
+
+    def _mind_the_time(self, ahead: float = 0.0) -> None:
+        """Stop if it was asked for, or if what comes next would not be done in time."""
+        late = self.deadline is not None and time.monotonic() + ahead > self.deadline
+        if self.stop.signum is None and not late:
+            return
+        raise Stopped(
+            f"{self.jobs[0].store.origin}: stopped, "
+            + ("the time is up" if self.stop.signum is None else "as a signal asked")
+            + "; all units that were made are kept",
+            hint="the same command goes on from there",
+            signum=self.stop.signum,
+        )
+
+    def _require_good(self) -> None:
+        for job in self.jobs:
+            top1 = scores(job, self.dataset).get("test", {}).get("top1", 1.0)
+            if self.settings.min_top1 is not None and top1 < self.settings.min_top1:
+                raise PreflightError(
+                    f"teacher {job.name}: right on {top1:.1%} of the test images, "
+                    f"--min-teacher-top1 asks for {self.settings.min_top1:.1%}",
+                    hint="mind its weights, its normalisation and the order of its classes",
+                )
+
+
+def pieces(manifest: Manifest, settings: Settings, num_views: int | None) -> Iterator[Piece]:
+    """This part's pieces of the whole, the same however much is done already."""
+    number, count = settings.shard
+    for i, piece in enumerate(_all_pieces(manifest, settings.views_per_read, num_views)):
+        if i % count == number - 1:
+            yield piece
+
+
+def _all_pieces(manifest: Manifest, group: int, num_views: int | None) -> Iterator[Piece]:
+    total = manifest.views if num_views is None else num_views
+    for unit in manifest.units(0):
+        yield Piece(unit.part, (), unit.block, unit.start, unit.rows)
+    for first in range(0, total, group):
+        views = tuple(range(first, min(first + group, total)))
+        for unit in manifest.units(first + 1):
+            if unit.part == view_part(first):
+                yield Piece("views", views, unit.block, unit.start, unit.rows)
+
+
+def scores(job: Job, dataset: Dataset) -> dict[str, dict[str, float]]:
+    """The teacher's accuracy and calibration on each evaluation split that is all there."""
+    found: dict[str, dict[str, float]] = {}
+    left = {unit.part for unit in write.missing(job.store, job.manifest, 0)}
+    labels = {"test": dataset.test.labels, "val": dataset.train.labels[dataset.val_ids]}
+    reader = Reader(job.store, job.manifest, num_views=job.manifest.views)
+    for split, known in labels.items():
+        if len(known) and split not in left:
+            told = evaluate.of_logits(reader.evaluation(split), known)
+            found[split] = evaluate.scores(told)._asdict()
+    reader.close()
+    return found
+
+
+def plan(
+    recipe: Recipe, jobs: Sequence[Job], dataset: Dataset, here: Machine, settings: Settings
+) -> dict[str, Any]:
+    """What the pass would make, and how long it would take here; nothing is written.
+
+    Raises:
+        IdentityError: If a cache was begun from something else.
+    """
+    teachers, answers = [], 0
+    for job in jobs:
+        there = write.read_manifest(job.store)
+        if there is not None:
+            write.require_identity(there, job.manifest.identity, job.store.origin)
+        rows = settings.unit_rows or (there or job.manifest).unit_rows
+        views = max(job.manifest.views, there.views if there else 0)
+        manifest = job.manifest.model_copy(update={"unit_rows": rows, "views": views})
+        left = write.missing(job.store, manifest, recipe.num_views)
+        wanted = {unit.name for unit in left}
+        mine = pieces(manifest, settings, recipe.num_views)
+        answers += sum(unit.rows for piece in mine for unit in piece.units(wanted))
+        teachers.append(
+            {
+                "name": job.name,
+                "path": job.store.origin,
+                **manifest.about,
+                "codec": manifest.codec,
+                "views": manifest.views,
+                "samples": manifest.samples,
+                "unit_rows": rows,
+                "units": len(manifest.units()),
+                "bytes": sum(manifest.size_of(unit) for unit in manifest.units()),
+                "missing": len(left),
+                "missing_bytes": sum(manifest.size_of(unit) for unit in left),
+            }
+        )
+    folders = [job.store.path for job in jobs if isinstance(job.store, Folder)]
+    rate = _probe(recipe, jobs, dataset, here, settings)
+    return {
+        "teachers": teachers,
+        "shard": "/".join(map(str, settings.shard)),
+        "views_per_second": rate,
+        "seconds": answers / len(jobs) / rate,
+        "free_bytes": storage.free_bytes(folders[0]) if folders else None,
+    }
+
+
+def _probe(
+    recipe: Recipe, jobs: Sequence[Job], dataset: Dataset, here: Machine, settings: Settings
+) -> float:
+    """Views that all teachers together answer in a second, tried on training images."""
+    source = Views(
+        dataset, recipe.data, device=here.device, workers=here.workers, audience="teacher"
+    )
+    size = settings.batch_size or BATCH_SIZE[here.device.type]
+    positions = np.arange(min(len(dataset.train_ids), 64 * size))
+    done, began = 0, time.monotonic()
+    for batch, which in source.single(positions, np.zeros_like(positions), batch_size=size):
+        for job in jobs:  # a number on the host: the device is done
+            float(tell(job.network, batch.images, recipe, here.device).logits[0, 0])
+        done += len(which)
+        if time.monotonic() - began > PROBE_SECONDS:
+            break
+    seconds = time.monotonic() - began
+    source.close()
+    return done / max(seconds, 1e-9)
+
+
+def _begin(
+    recipe: Recipe, jobs: Sequence[Job], dataset: Dataset, here: Machine, settings: Settings
+) -> tuple[list[Job], list[str]]:
+    """The jobs with the manifests that lie on disk, begun where there was none."""
+    rows = settings.unit_rows
+    if rows is None and len(jobs) > 1:  # so that one pass over the pixels serves all of them
+        rows = min(job.manifest.unit_rows for job in jobs)
+    begun, warnings = [], []
+    for job in jobs:
+        there = write.read_manifest(job.store)
+        found, said = cached.start(
+            recipe,
+            dataset,
+            job.network,
+            job.store,
+            num_views=job.manifest.views,
+            device=here.device,
+            unit_rows=settings.unit_rows if there else rows,
+        )
+        begun.append(job._replace(manifest=found))
+        warnings += said
+    return begun, warnings
+
+
+def _require_room(job: Job, left: list[Unit]) -> None:
+    if isinstance(job.store, Folder):
+        storage.require_room(job.store.path, sum(job.manifest.size_of(unit) for unit in left))
+
+
+def _answers_of(
+    jobs: Sequence[Job], wanted: dict[str, set[str]], settings: Settings, num_views: int | None
+) -> int:
+    """Answers that this part still asks for."""
+    return sum(
+        unit.rows
+        for job in jobs
+        for piece in pieces(job.manifest, settings, num_views)
+        for unit in piece.units(wanted[job.name])
+    )
+
+
+def _finished(job: Job, dataset: Dataset) -> dict[str, object]:
+    """What there is of a cache now; the last process to come marks it complete."""
+    told = scores(job, dataset)
+    left = write.finish(job.store, job.manifest, told)
+    units = job.manifest.units()
+    return {
+        "name": job.name,
+        "path": job.store.origin,
+        **job.manifest.about,
+        "codec": job.manifest.codec,
+        "views": job.manifest.views,
+        "units": len(units),
+        "missing": len(left),
+        "bytes": sum(job.manifest.size_of(unit) for unit in units),
+        "scores": told,
+    }
+
+
+def _keep(kept: dict[str, Tensor], columns: dict[str, Tensor], at: Tensor, rows: int) -> None:
+    """Put rows of columns in their places, on the device."""
+    for name, column in columns.items():
+        column = bits(column)
+        if name not in kept:
+            kept[name] = column.new_zeros(rows, *column.shape[1:])
+        kept[name].index_copy_(0, at, column)
+
+
+def bits(column: Tensor) -> Tensor:
+    """A column of a type that every kernel knows, with the same bytes."""
+    alike = {torch.uint16: torch.int16, torch.uint32: torch.int32}
+    return column.view(alike[column.dtype]) if column.dtype in alike else column
+
+
+def _rows(
+    manifest: Manifest, host: dict[str, np.ndarray], unit: Unit, first: int
+) -> dict[str, np.ndarray]:
+    return {
+        column.name: host[column.name][first : first + unit.rows]
+        for column in manifest.columns_of(unit)
+    }

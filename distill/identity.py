@@ -1,0 +1,35 @@
+"""Whether what lies on disk was made from the same things as what is wanted now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill.errors import IdentityError
+
+_LISTED = 8  # differences that an error names
+
+
+def require_same(before: Any, now: Any, *, origin: str, hint: str) -> None:
+    """Raise if two pieces of plain data differ.
+
+    Raises:
+        IdentityError: With every field in which they do, up to eight.
+    """
+    if changed := differences(before, now):
+        more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
+        raise IdentityError(f"{origin}: " + "; ".join(changed[:_LISTED]) + more, hint=hint)
+
+
+def differences(before: Any, now: Any, at: str = "") -> list[str]:
+    """The fields in which two pieces of plain data differ, as `a.b: old -> new`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(k for k in now if k not in before)]
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{at}.{key}" if at else key)
+        ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [line for i, (b, n) in pairs for line in differences(b, n, f"{at}.{i}")]
+    return [] if before == now else [f"{at}: {before!r:.80} -> {now!r:.80}"]
