@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from distill.errors import IdentityError
@@ -32,4 +33,11 @@ def differences(before: Any, now: Any, at: str = "") -> list[str]:
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         pairs = enumerate(zip(before, now, strict=True))
         return [line for i, (b, n) in pairs for line in differences(b, n, f"{at}.{i}")]
-    return [] if before == now else [f"{at}: {before!r:.80} -> {now!r:.80}"]
+    return [] if before == now else [f"{at}: {_shown(before)} -> {_shown(now)}"]
+
+
+def _shown(value: Any) -> str:
+    """A value in an error; of a hash its beginning, which is all that anyone compares by eye."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return value[:12]
+    return f"{value!r:.80}"

@@ -99,7 +99,7 @@ def test_a_training_run_leaves_its_teachers_bit_for_bit(
 
     monkeypatch.setattr("distill.engine.train.prepare", kept)
     result = train(Recipe.load(path), tmp_path / "run")
-    networks = taken[0].teachers
+    networks = [tutor.network for tutor in taken[0].tutors]
     assert [fingerprint(network) for network in networks] == result.identity["teachers"]
     assert len(set(result.identity["teachers"])) == members
     assert all(p.grad is None for network in networks for p in network.parameters())

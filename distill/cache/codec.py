@@ -22,28 +22,37 @@ def encode(codec: str, logits: Float[Tensor, "B K"]) -> dict[str, Tensor]:
     """What `codec` keeps of these logits, as columns of a row a sample; waits for no device.
 
     * int8: z ≈ top − q · scale with q in 0 … 255, top the row's greatest logit and scale its range
-      over 255, both rounded to float16 before q is, so that their rounding adds no error.
+      over 255, both rounded up to float16 before q is: no logit lies outside, and none is wrong by
+      more than half a scale.
     * fp16: log-probabilities, for float16 is finest near 0, where the mass is; and log Σ exp z.
     * topk:K: the K greatest log-probabilities, their classes, and log Σ exp z.
 
-    Logits beyond what float16 holds become infinite: `require_finite` finds them.
+    Logits that are not finite, or beyond what the code holds, leave no finite scale, top or
+    log Σ exp z: `require_finite` finds them.
     """
     z = logits.float()
     if codec == "int8":
-        top = z.amax(dim=-1, keepdim=True).half()
-        span = top.float() - z.amin(dim=-1, keepdim=True)
-        scale = (span.clamp_min(0) / 255).half()
+        top = _half_above(z.amax(dim=-1, keepdim=True))
+        scale = _half_above((top.float() - z.amin(dim=-1, keepdim=True)) / 255)
         step = scale.float()
-        # A range below float16's least number is no range.
         q = torch.where(step > 0, (top.float() - z) / step, 0).round().clamp(0, 255)
         return {"q": q.to(torch.uint8), "scale": scale[:, 0], "top": top[:, 0]}
     lse = z.logsumexp(dim=-1)
     logp = z - lse[:, None]
+    lse = torch.where(z.isfinite().all(dim=-1), lse, torch.nan)
     if codec == "fp16":
         return {"logp": logp.clamp_min(-_HALF_MAX).half(), "lse": lse}
     kept, ids = logp.topk(min(num_kept(codec), z.shape[1]), dim=-1)
     number = torch.uint16 if z.shape[1] <= 2**16 else torch.uint32
     return {"ids": ids.to(number), "logp": kept.clamp_min(-_HALF_MAX).half(), "lse": lse}
+
+
+def _half_above(x: Float[Tensor, "B 1"]) -> Float[Tensor, "B 1"]:
+    """The least float16 that is not below x."""
+    near = x.half()
+    bits = near.view(torch.int16)
+    following = torch.where(near >= 0, bits + 1, bits - 1).view(torch.float16)
+    return torch.where(near.float() < x, following, near)
 
 
 def decode(codec: str, columns: Mapping[str, Tensor], num_classes: int) -> Float[Tensor, "B K"]:

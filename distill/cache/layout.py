@@ -15,10 +15,10 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from distill.component import Count
 from distill.errors import DamagedError, IdentityError
@@ -31,6 +31,8 @@ MOST_INT8 = 4096  # classes up to which a byte a class is the default
 MOST_ROWS = 65_536
 UNIT_BYTES = 16_384_000  # object stores and parallel file systems like files of this size
 _MULTIPLE = 256  # rows
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 # Bytes of a number by the name that safetensors gives its type.
 _WIDTH = {"U8": 1, "U16": 2, "F16": 2, "F32": 4, "I64": 8, "U32": 4}
@@ -79,7 +81,7 @@ class Manifest(BaseModel):
     num_classes: Count
     views: Count  # of every training image; more can be added later
     samples: Count  # training images, the rows of a view
-    samples_sha256: str
+    samples_sha256: str  # of their file
     test: Annotated[int, Ge(0)]  # images of the test split
     val: Annotated[int, Ge(0)]  # images held out from training
     unit_rows: Count
@@ -102,6 +104,10 @@ class Manifest(BaseModel):
         """Bytes of a row of a view."""
         return sum(column.row_bytes for column in self.columns)
 
+    def lists(self, samples: bytes | None) -> bool:
+        """Whether this is the file of samples that the cache was begun with."""
+        return samples is not None and hashlib.sha256(samples).hexdigest() == self.samples_sha256
+
     def columns_of(self, unit: Unit) -> tuple[Column, ...]:
         """What a unit holds."""
         return self.columns if unit.part.startswith("views/") else self.eval_columns
@@ -111,8 +117,12 @@ class Manifest(BaseModel):
         found = [*_blocks("test", self.test, self.eval_rows)]
         found += _blocks("val", self.val, self.eval_rows)
         for view in range(self.views if views is None else views):
-            found += _blocks(view_part(view), self.samples, self.unit_rows)
+            found += self.units_of(view)
         return found
+
+    def units_of(self, view: int) -> list[Unit]:
+        """The units of one view."""
+        return [*_blocks(view_part(view), self.samples, self.unit_rows)]
 
     def size_of(self, unit: Unit) -> int:
         """Bytes of a unit's file."""
@@ -158,10 +168,15 @@ class Manifest(BaseModel):
             length = int.from_bytes(head[:8], "little")
             about = json.loads(json.loads(head[8 : 8 + length])["__metadata__"]["distill"])
             found = {name: int(value, 16) for name, value in about["crc32"].items()}
-            if about["cache"] == self.id and self.header(unit, found) == head[: 8 + length]:
+            sound = found.keys() == {column.name for column in self.columns_of(unit)}
+            sound &= all(0 <= value < 2**32 for value in found.values())
+            if about["cache"] != self.id:
+                what = "belongs to another cache"
+            elif sound and self.header(unit, found) == head[: 8 + length]:
                 return found
-            what = "belongs to another cache" if about["cache"] != self.id else "is altered"
-        except (ValueError, KeyError, TypeError, AttributeError):
+            else:
+                what = "is altered"
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             what = "is no header of a unit"
         raise DamagedError(f"{unit.name}: its header {what}")
 
@@ -209,8 +224,8 @@ def resolve(codec: str, num_classes: int) -> str:
 
 
 def rows_for(row_bytes: int, most: int = MOST_ROWS) -> int:
-    """Rows of a unit of about 16 MB, a multiple of 256, at least that and at most `most`."""
-    rows = min(UNIT_BYTES // row_bytes, most) // _MULTIPLE * _MULTIPLE
+    """Rows of a unit of about 16 MB, a multiple of 256 between 256 and 65,536, or `most`."""
+    rows = min(UNIT_BYTES // row_bytes, most, MOST_ROWS) // _MULTIPLE * _MULTIPLE
     return max(rows, _MULTIPLE)
 
 
@@ -237,7 +252,7 @@ def manifest(data: bytes, origin: str) -> Manifest:
         DamagedError: If one byte of it is another.
         IdentityError: If a newer version wrote it.
     """
-    return Manifest.model_validate(_unseal(data, f"{origin}/{MANIFEST}"))
+    return _unseal(Manifest, data, f"{origin}/{MANIFEST}")
 
 
 def index(data: bytes, origin: str) -> Index:
@@ -247,10 +262,10 @@ def index(data: bytes, origin: str) -> Index:
         DamagedError: If one byte of it is another.
         IdentityError: If a newer version wrote it.
     """
-    return Index.model_validate(_unseal(data, f"{origin}/{INDEX}"))
+    return _unseal(Index, data, f"{origin}/{INDEX}")
 
 
-def _unseal(data: bytes, origin: str) -> dict[str, Any]:
+def _unseal(model: type[_Model], data: bytes, origin: str) -> _Model:
     try:
         found: dict[str, Any] = json.loads(data)
         if _canonical(found) != data:
@@ -264,10 +279,11 @@ def _unseal(data: bytes, origin: str) -> dict[str, Any]:
                 f"{FORMAT})",
                 hint="update distill",
             )
-        return found
+        return model.model_validate(found)
     except IdentityError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError):
+    # pydantic's errors are ValueErrors: a sealed file in the place of another.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError(
             f"{origin}: its content changed after it was written",
             hint="make the cache again in another folder, or copy it again",

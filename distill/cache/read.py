@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ _TYPES = {
     "U8": np.uint8, "U16": np.uint16, "U32": np.uint32,
     "F16": np.float16, "F32": np.float32, "I64": np.int64,
 }  # fmt: skip
+_SETS = "mind data.fraction, data.val and data.seed"
 _OPEN = 2  # views: the one that is read and the one that comes next
 _KEPT = 3  # views of a store that is far away, on this machine's disk
 _FETCHED = 8  # files at once
@@ -57,7 +57,7 @@ class Reader:
         self.store, self.manifest, self.num_views = store, manifest, num_views
         self._partial = partial
         self.row_bytes = manifest.row_bytes
-        tensors = samples(store)
+        tensors = _tensors(store, SAMPLES, manifest)
         self.ids, self.val_ids = tensors["train"], tensors["val"]
         self._row = np.full(int(self.ids[-1]) + 2, -1, np.int32)
         self._row[self.ids] = np.arange(len(self.ids), dtype=np.int32)
@@ -80,15 +80,14 @@ class Reader:
             raise IdentityError(
                 f"{self.store.origin}: has {len(self.ids):,} training images, and these "
                 f"{len(ids):,} are not " + ("exactly them" if exact else "among them"),
-                hint="mind data.fraction, data.val and data.seed"
+                hint=_SETS
                 + ("; with mixup or cutmix they decide who is mixed with whom" if exact else ""),
             )
 
     def complete(self, view: int) -> bool:
         """Whether all units of a view are there."""
         sizes = self.store.sizes()
-        part = view_part(view)
-        units = [unit for unit in self.manifest.units(view + 1) if unit.part == part]
+        units = self.manifest.units_of(view)
         return all(sizes.get(unit.name) == self.manifest.size_of(unit) for unit in units)
 
     def rows(self, ids: Int[ndarray, " n"], view: int) -> dict[str, ndarray]:
@@ -96,15 +95,21 @@ class Reader:
 
         Raises:
             DamagedError: If a file of the view is not what was written.
+            IdentityError: If the cache has no row of a sample.
             PreflightError: If it cannot be read.
         """
+        at = self._row[np.minimum(ids, len(self._row) - 1)]
+        if (at < 0).any():
+            raise IdentityError(
+                f"{self.store.origin}: has no answers to sample {ids[at < 0][0]}", hint=_SETS
+            )
         opened = self._open(view).result()
         for old in [v for v in self._views if v != view][: max(0, len(self._views) - _OPEN)]:
             del self._views[old]
         following = (view + 1) % self.num_views
         if following not in self._views and not (self._partial and not self.complete(following)):
             self._open(following)
-        return opened.rows(self._row[ids])
+        return opened.rows(at)
 
     def evaluation(self, split: str) -> Float[ndarray, "N K"]:
         """The logits of every image of `test` or `val`, exactly as the teacher gave them.
@@ -113,7 +118,7 @@ class Reader:
             DamagedError: If a file is not what was written.
         """
         units = [unit for unit in self.manifest.units(0) if unit.part == split]
-        found = [_columns(self.manifest, unit, self._local(unit))["logits"] for unit in units]
+        found = [self._columns(unit)["logits"] for unit in units]
         whole = np.concatenate(found) if found else np.zeros((0, self.manifest.num_classes), "f4")
         return whole
 
@@ -128,43 +133,59 @@ class Reader:
         return self._views[view]
 
     def _load(self, view: int) -> _View:
-        part = view_part(view)
-        units = [unit for unit in self.manifest.units(view + 1) if unit.part == part]
+        units = self.manifest.units_of(view)
         if not isinstance(self.store, Folder):
             self._make_room(view)
         with ThreadPoolExecutor(_FETCHED) as pool:
-            files = list(pool.map(self._local, units))
-        each = [_columns(self.manifest, u, f) for u, f in zip(units, files, strict=True)]
+            list(pool.map(self._local, units))
+        each = [self._columns(unit) for unit in units]
         columns = {
             column.name: [found[column.name] for found in each] for column in self.manifest.columns
         }
         return _View(columns, self.manifest.unit_rows, self.manifest.columns)
+
+    def _columns(self, unit: Unit) -> dict[str, ndarray]:
+        """The columns of a unit; where a copy on this machine went bad, it is fetched again."""
+        path = self._local(unit)
+        try:
+            return _checked(self.manifest, unit, _mapped(path), self.store.origin)
+        except DamagedError:
+            if isinstance(self.store, Folder):
+                raise
+        return _checked(self.manifest, unit, memoryview(self._fetch(unit)), self.store.origin)
 
     def _local(self, unit: Unit) -> Path:
         """A unit's file on a disk of this machine."""
         if isinstance(self.store, Folder):
             return self.store.path / unit.name
         path = self._scratch / unit.name
-        if not path.exists() or path.stat().st_size != self.manifest.size_of(unit):
-            data = self.store.read(unit.name)
-            if data is None:
-                raise DamagedError(f"{self.store.origin}/{unit.name}: is missing", hint=_REPAIR)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage.write(path, data)
+        if not path.exists():
+            self._fetch(unit)
         os.utime(path.parent)
         return path
 
+    def _fetch(self, unit: Unit) -> bytes:
+        """A unit's file, which is kept on a disk of this machine from now on."""
+        data = self.store.read(unit.name)
+        if data is None:
+            raise DamagedError(f"{self.store.origin}/{unit.name}: is missing", hint=_REPAIR)
+        path = self._scratch / unit.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(path, data)
+        return data
+
     def _make_room(self, view: int) -> None:
         """Remove the views on this machine's disk that were not read for longest."""
-        folder = self._scratch / "views"
-        folder.mkdir(parents=True, exist_ok=True)
         storage.sweep(self._scratch, seconds=3600)
-        there = sorted(
-            (path for path in folder.iterdir() if path.name != Path(view_part(view)).name),
-            key=lambda path: path.stat().st_mtime,
+        there = {path.parent for path in self._scratch.glob("views/*/*.safetensors")}
+        others = sorted(
+            there - {self._scratch / view_part(view)}, key=lambda path: path.stat().st_mtime
         )
-        for old in there[: max(0, len(there) - _KEPT + 1)]:
-            shutil.rmtree(old, ignore_errors=True)  # who has it open keeps its content
+        for old in others[: max(0, len(others) - _KEPT + 1)]:
+            # The folder stays, for another process may be writing to it; and who has a file open
+            # keeps its content.
+            for file in old.glob("*.safetensors"):
+                file.unlink(missing_ok=True)
 
 
 class _View:
@@ -185,7 +206,7 @@ class _View:
         unit = at // self._unit_rows
         order = np.argsort(unit, kind="stable")
         present, starts = np.unique(unit[order], return_index=True)
-        for number, rows in zip(present, np.split(order, starts[1:]), strict=True):
+        for number, rows in zip(present, np.split(order, starts)[1:], strict=True):
             local = at[rows] - number * self._unit_rows
             for name, units in self._columns.items():
                 found[name][rows] = np.take(units[number], local, axis=0)
@@ -226,27 +247,35 @@ def canaries(store: Store) -> dict[str, ndarray]:
 _REPAIR = "`distill teacher-cache RECIPE --verify full --repair` finds and makes again what is bad"
 
 
-def _tensors(store: Store, name: str) -> dict[str, ndarray]:
+def _tensors(store: Store, name: str, manifest: Manifest | None = None) -> dict[str, ndarray]:
     data = store.read(name)
     try:
         if data is None:
             raise ValueError("is missing")
+        if manifest is not None and not manifest.lists(data):
+            raise ValueError("its content changed after it was written")
         found: dict[str, ndarray] = load_tensors(data)
         return found
     except Exception as error:  # safetensors has a type of its own for every reader
         raise DamagedError(f"{store.origin}/{name}: {error}", hint=_REPAIR) from None
 
 
-def _columns(manifest: Manifest, unit: Unit, path: Path) -> dict[str, ndarray]:
-    """The columns of a unit's file as arrays over its memory map, every byte checked."""
+def _mapped(path: Path) -> memoryview:
+    """A file's content, brought into memory where it is looked at."""
     try:
-        mapped = np.memmap(path, np.uint8, mode="r")
+        return np.memmap(path, np.uint8, mode="r").data
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path}: {error}", hint=_REPAIR) from None
-    data = mapped.data
-    stated = manifest.checksums(unit, bytes(data[:65_536]))
-    if len(data) != manifest.size_of(unit) or any(verify.changed(manifest, unit, data, stated)):
-        raise DamagedError(f"{path}: its content changed after it was written", hint=_REPAIR)
+
+
+def _checked(manifest: Manifest, unit: Unit, data: memoryview, origin: str) -> dict[str, ndarray]:
+    """The columns of a unit's file as arrays over its content, every byte checked."""
+    try:
+        stated = manifest.checksums(unit, bytes(data[:65_536]))
+        if len(data) != manifest.size_of(unit) or any(verify.changed(manifest, unit, data, stated)):
+            raise DamagedError(f"{unit.name}: its content changed after it was written")
+    except DamagedError as error:
+        raise DamagedError(f"{origin}/{error}", hint=_REPAIR) from None
     offset = len(manifest.header(unit, stated))
     found = {}
     for column in manifest.columns_of(unit):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +105,10 @@ class Bucket(Store):
         self.origin = url
         protocol = url.partition("://")[0]
         try:
-            self._files, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
+            # Other writers are at work: what was listed a moment ago says nothing.
+            self._files, self._root = fsspec.core.url_to_fs(
+                url.rstrip("/"), use_listings_cache=False
+            )
         except ImportError:
             extra = {"s3": "s3", "gs": "gs", "gcs": "gs"}.get(protocol)
             package = f'".[{extra}]"' if extra else f"the fsspec implementation of {protocol}"
@@ -117,7 +120,6 @@ class Bucket(Store):
 
     def sizes(self) -> dict[str, int]:
         with self._refusals(""):
-            self._files.invalidate_cache()  # other writers are at work
             found: dict[str, Any] = self._files.find(self._root, detail=True)
         start = len(self._root.rstrip("/")) + 1
         return {path[start:]: entry["size"] for path, entry in found.items()}
@@ -125,7 +127,7 @@ class Bucket(Store):
     def read(self, name: str, most: int | None = None) -> bytes | None:
         with self._refusals(name):
             try:
-                data: bytes = self._files.cat_file(self._path(name), start=0, end=most)
+                data: bytes = self._files.cat_file(self._path(name), end=most)
             except FileNotFoundError:
                 return None
         return data
@@ -136,15 +138,15 @@ class Bucket(Store):
 
     def create(self, name: str, data: bytes) -> None:
         with self._refusals(name):
-            # Two that come at once write the same bytes: what is created follows from the recipe.
-            self._files.invalidate_cache()
-            if not self._files.exists(self._path(name)):
-                self._files.pipe_file(self._path(name), data)
+            try:
+                self._files.pipe_file(self._path(name), data, mode="create")
+            except Exception:  # there is one, or this kind of store knows no such condition
+                if not self._files.exists(self._path(name)):
+                    self._files.pipe_file(self._path(name), data)
 
     def remove(self, name: str) -> None:
-        with self._refusals(name):
-            if self._files.exists(self._path(name)):
-                self._files.rm_file(self._path(name))
+        with self._refusals(name), suppress(FileNotFoundError):
+            self._files.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

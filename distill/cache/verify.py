@@ -8,7 +8,7 @@ from typing import NamedTuple
 from distill.cache import layout, write
 from distill.cache.layout import CANARIES, INDEX, MANIFEST, SAMPLES, Manifest, Unit
 from distill.cache.store import Store
-from distill.errors import DamagedError
+from distill.errors import DamagedError, DistillError
 
 
 class Fault(NamedTuple):
@@ -64,7 +64,7 @@ def _faults(store: Store, manifest: Manifest, *, whole: bool) -> Iterator[Fault]
         data = store.read(name)
         if data is None:
             yield Fault(name, "is missing")
-        elif index and name != MANIFEST and index.files.get(name) != f"{layout.checksum(data):08x}":
+        elif _altered(name, data, manifest, index):
             yield Fault(name, "its content changed after it was written")
     sizes = store.sizes()
     known = {unit.name for unit in manifest.units()}
@@ -73,6 +73,18 @@ def _faults(store: Store, manifest: Manifest, *, whole: bool) -> Iterator[Fault]
     for name in sorted(sizes):
         if name.startswith(("views/", "test/", "val/")) and name not in known:
             yield Fault(name, "is no part of this cache")
+
+
+def _altered(name: str, data: bytes, manifest: Manifest, index: layout.Index | None) -> bool:
+    """Whether a file is known to be another than was written."""
+    if name == MANIFEST:  # it is written anew when views are added, and vouches for itself
+        try:
+            return layout.manifest(data, "").id != manifest.id
+        except DistillError:
+            return True
+    if name == SAMPLES:
+        return not manifest.lists(data)
+    return index is not None and index.files.get(name) != f"{layout.checksum(data):08x}"
 
 
 def _unit_faults(

@@ -64,9 +64,10 @@ def begin(store: Store, wanted: Manifest, *, samples: bytes, canaries: bytes) ->
     """
     found = read_manifest(store)
     if found is None:
-        # The manifest comes last: where it is, the others are.
-        store.create(SAMPLES, samples)
-        store.create(CANARIES, canaries)
+        # The manifest comes last: where it is, the others are. Where it is not, they may be those
+        # of something else whose start was killed.
+        store.write(SAMPLES, samples)
+        store.write(CANARIES, canaries)
         store.create(MANIFEST, layout.seal(wanted))
         found = read_manifest(store)
         assert found is not None
@@ -77,6 +78,8 @@ def begin(store: Store, wanted: Manifest, *, samples: bytes, canaries: bytes) ->
             f"{wanted.samples:,}",
             hint=_ELSEWHERE,
         )
+    if not found.lists(store.read(SAMPLES)):  # damaged, or lost
+        store.write(SAMPLES, samples)
     if found.views < wanted.views:
         found = found.model_copy(update={"views": wanted.views})
         store.write(MANIFEST, layout.seal(found))
@@ -144,11 +147,15 @@ class Writer:
             self._queue.pop(0).result()
         self._queue.append(self._pool.submit(self._write, unit, columns))
 
+    def wait(self) -> None:
+        """Return when all is written; the first error of all comes up here."""
+        while self._queue:
+            self._queue.pop(0).result()
+
     def close(self) -> None:
-        """Return when all is written or has failed; the first error of all comes up here."""
+        """Return when all is written or has failed, and end the thread."""
         self._pool.shutdown()
-        for written in self._queue:
-            written.result()
+        self.wait()
 
     def _write(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> None:
         self.store.write(unit.name, encode(self.manifest, unit, columns))
@@ -165,7 +172,7 @@ def finish(
         scores: The teacher's on each evaluation split that there are labels for.
 
     Raises:
-        DamagedError: If a unit's header was altered.
+        DamagedError: If a unit's header was altered, or what the cache began with is missing.
     """
     left = missing(store, manifest)
     if not left:
@@ -200,4 +207,7 @@ def headers(store: Store, manifest: Manifest, units: Sequence[Unit]) -> list[dic
 
 
 def _checksum(store: Store, name: str) -> str:
-    return f"{layout.checksum(store.read(name) or b''):08x}"
+    data = store.read(name)
+    if data is None:
+        raise DamagedError(f"{store.origin}/{name}: is missing", hint="run the same command again")
+    return f"{layout.checksum(data):08x}"

@@ -23,7 +23,11 @@ PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "safetensors", "huggingface_hub", "numpy",
     "pillow", "pydantic",
 )  # fmt: skip
-EXTRAS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # optional, by the name of the extra
+EXTRAS = {  # optional, by the name of the extra
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "s3": ("s3fs",),
+    "gs": ("gcsfs",),
+}
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
 )  # fmt: skip

@@ -18,95 +18,113 @@ if TYPE_CHECKING:
     from distill.recipe import Recipe
 
 
+RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="Recipe file, YAML.")]
+Out = Annotated[
+    str | None,
+    Option(
+        metavar="DIR",
+        help="Where the cache lies: a folder, s3://... or gs://....",
+        show_default="the recipe's cache.path, or runs/RECIPE's name-cache",
+    ),
+]
+Views = Annotated[
+    int | None,
+    Option(
+        min=1,
+        help="Views of every training image; more can be added to a cache later.",
+        show_default="the recipe's cache.views",
+    ),
+]
+Codec = Annotated[
+    str | None,
+    Option(
+        metavar="auto|fp16|int8|topk:K",
+        help="How logits are kept.",
+        show_default="the recipe's cache.codec",
+    ),
+]
+Shard = Annotated[
+    str | None,
+    Option(
+        metavar="I/N",
+        help="Make part I of N, from 1/N to N/N.",
+        show_default="of a SLURM array, its task; else 1/1",
+    ),
+]
+TimeLimit = Annotated[
+    str | None,
+    Option(metavar="T", help="Stop in time, such as 3h50m or 90s; exit status 75."),
+]
+DryRun = Annotated[
+    bool, Option("--dry-run", help="Tell units, bytes, free disk and time; write nothing.")
+]
+ShowStatus = Annotated[
+    bool, Option("--status", help="Tell what is there and what is missing; needs no torch.")
+]
+Verify = Annotated[
+    Level | None,
+    Option(
+        help="Give a verdict: quick looks at names and sizes, full at every byte, replay at "
+        "pixels, teacher asks the teacher again."
+    ),
+]
+Sample = Annotated[int, Option(min=1, help="Views that --verify teacher asks about.")]
+Repair = Annotated[
+    bool,
+    Option("--repair", help="With --verify: remove what is bad, so that it is made again."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."),
+]
+Run = Annotated[
+    Path | None,
+    Option(
+        metavar="DIR",
+        help="Run directory of the recipe; its teachers' runs lie beside it.",
+        show_default="runs/RECIPE's name",
+    ),
+]
+BatchSize = Annotated[int | None, Option(min=1, help="Images that a teacher answers at once.")]
+Workers = Annotated[int | None, Option(min=0, help="Image-decoding processes.")]
+ViewsPerRead = Annotated[
+    int, Option(min=1, help="Views that are made of a decoded image before the next.")
+]
+UnitRows = Annotated[
+    int | None,
+    Option(min=1, help="Rows of a file.", show_default="about 16 MB, or a minute's work"),
+]
+Compile = Annotated[
+    bool, Option("--compile", help="Compile the teachers with torch.compile; pays on GPUs.")
+]
+MinTeacherTop1 = Annotated[
+    float | None,
+    Option(min=0, max=1, help="Refuse a teacher that is right on less of the test images."),
+]
+AsJson = Annotated[bool, Option("--json", help="Print the result as one line of JSON on stdout.")]
+
+
 def teacher_cache(
-    recipe: Annotated[Path, Argument(metavar="RECIPE", help="Recipe file, YAML.")],
-    out: Annotated[
-        str | None,
-        Option(
-            metavar="DIR",
-            help="Where the cache lies: a folder, s3://... or gs://....",
-            show_default="the recipe's cache.path, or runs/RECIPE's name-cache",
-        ),
-    ] = None,
-    views: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Views of every training image; more can be added to a cache later.",
-            show_default="the recipe's cache.views",
-        ),
-    ] = None,
-    codec: Annotated[
-        str | None,
-        Option(
-            metavar="auto|fp16|int8|topk:K",
-            help="How logits are kept.",
-            show_default="the recipe's cache.codec",
-        ),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        Option(
-            metavar="I/N",
-            help="Make part I of N, from 1/N to N/N.",
-            show_default="of a SLURM array, its task; else 1/1",
-        ),
-    ] = None,
-    time_limit: Annotated[
-        str | None,
-        Option(metavar="T", help="Stop in time, such as 3h50m or 90s; exit status 75."),
-    ] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Tell units, bytes, free disk and time; write nothing.")
-    ] = False,
-    show_status: Annotated[
-        bool, Option("--status", help="Tell what is there and what is missing; needs no torch.")
-    ] = False,
-    verify: Annotated[
-        Level | None,
-        Option(
-            help="Give a verdict: quick looks at names and sizes, full at every byte, replay at "
-            "pixels, teacher asks the teacher again."
-        ),
-    ] = None,
-    sample: Annotated[int, Option(min=1, help="Views that --verify teacher asks about.")] = 512,
-    repair: Annotated[
-        bool,
-        Option("--repair", help="With --verify: remove what is bad, so that it is made again."),
-    ] = False,
-    overrides: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."),
-    ] = None,
-    run: Annotated[
-        Path | None,
-        Option(
-            metavar="DIR",
-            help="Run directory of the recipe; its teachers' runs lie beside it.",
-            show_default="runs/RECIPE's name",
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, Option(min=1, help="Images that a teacher answers at once.")
-    ] = None,
-    workers: Annotated[int | None, Option(min=0, help="Image-decoding processes.")] = None,
-    views_per_read: Annotated[
-        int, Option(min=1, help="Views that are made of a decoded image before the next.")
-    ] = 4,
-    unit_rows: Annotated[
-        int | None,
-        Option(min=1, help="Rows of a file.", show_default="about 16 MB, or a minute's work"),
-    ] = None,
-    compile: Annotated[
-        bool, Option("--compile", help="Compile the teachers with torch.compile; pays on GPUs.")
-    ] = False,
-    min_teacher_top1: Annotated[
-        float | None,
-        Option(min=0, max=1, help="Refuse a teacher that is right on less of the test images."),
-    ] = None,
-    as_json: Annotated[
-        bool, Option("--json", help="Print the result as one line of JSON on stdout.")
-    ] = False,
+    recipe: RecipeFile,
+    out: Out = None,
+    views: Views = None,
+    codec: Codec = None,
+    shard: Shard = None,
+    time_limit: TimeLimit = None,
+    dry_run: DryRun = False,
+    show_status: ShowStatus = False,
+    verify: Verify = None,
+    sample: Sample = 512,
+    repair: Repair = False,
+    overrides: Overrides = None,
+    run: Run = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    views_per_read: ViewsPerRead = 4,
+    unit_rows: UnitRows = None,
+    compile: Compile = False,
+    min_teacher_top1: MinTeacherTop1 = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write what the recipe's teachers say of some views of every image, once and for all.
 
@@ -137,7 +155,7 @@ def teacher_cache(
             raise Exit(code)
         part = launch.stand_alone(part)
 
-        from distill.engine.precompute import Settings
+        from distill.engine.jobs import Settings
 
         settings = Settings(
             shard=part,
@@ -214,14 +232,15 @@ def _seconds(text: str) -> float:
 def _build(recipe: Recipe, place: str, run: Path, settings: Any, workers: int | None) -> Built:
     from distill.data import datasets
     from distill.engine import machine
-    from distill.engine.precompute import build_jobs, precompute
+    from distill.engine.jobs import build_jobs
+    from distill.engine.precompute import precompute
     from distill.engine.train import train_teachers
 
     here = machine.setup(workers=workers)
     with machine.stop_request() as stop:
-        train_teachers(recipe, run, here, stop, alone=settings.shard[1] == 1)
+        train_teachers(recipe, run, here, stop, parts=settings.shard[1])
         dataset = datasets.load(recipe.data)
-        jobs = build_jobs(recipe, place, run, dataset, here)
+        jobs = build_jobs(recipe, place, run, dataset, here, unit_rows=settings.unit_rows)
         return precompute(recipe, jobs, dataset, here, stop, settings)
 
 
@@ -230,11 +249,12 @@ def _plan(
 ) -> dict[str, Any]:
     from distill.data import datasets
     from distill.engine import machine
-    from distill.engine.precompute import build_jobs, plan
+    from distill.engine.jobs import build_jobs, plan
 
     here = machine.setup(workers=workers)
     dataset = datasets.load(recipe.data)
-    return plan(recipe, build_jobs(recipe, place, run, dataset, here), dataset, here, settings)
+    jobs = build_jobs(recipe, place, run, dataset, here, unit_rows=settings.unit_rows)
+    return plan(recipe, jobs, dataset, here, settings)
 
 
 def _show_plan(found: dict[str, Any], *, as_json: bool) -> None:
@@ -244,16 +264,14 @@ def _show_plan(found: dict[str, Any], *, as_json: bool) -> None:
         print_json(found)
         return
     for teacher in found["teachers"]:
-        console.out.print(
-            console.plain(
-                f"{teacher['path']}: {teacher['model']}, {teacher['codec']}, {teacher['views']} "
-                f"views of {teacher['samples']:,} images, {teacher['units']:,} units of up to "
-                f"{teacher['unit_rows']:,} rows, {size(teacher['bytes'])}; missing "
-                f"{teacher['missing']:,} units, {size(teacher['missing_bytes'])}"
-            ),
-            highlight=False,
-            soft_wrap=True,
+        rows = min(teacher["unit_rows"], teacher["samples"])
+        text = (
+            f"{teacher['path']}: {teacher['model']}, {teacher['codec']}, {teacher['views']} views "
+            f"of {teacher['samples']:,} images, {teacher['units']:,} units of up to {rows:,} rows, "
+            f"{size(teacher['bytes'])}; missing {teacher['missing']:,} units, "
+            f"{size(teacher['missing_bytes'])}"
         )
+        console.out.print(console.plain(text), highlight=False, soft_wrap=True)
     free = "" if found["free_bytes"] is None else f"; {size(found['free_bytes'])} of disk are free"
     console.out.print(
         f"{found['views_per_second']:,.0f} views/s here, about {_duration(found['seconds'])} for "

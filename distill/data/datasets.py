@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -102,8 +102,10 @@ def load(data: Data) -> Dataset:
         raise RecipeError(f"data.root: {data.root}: no such home directory") from None
     if data.name == "folder":
         assert root is not None, "the recipe checks this"
-        return _load_folder(data, root)
-    return _load_official(data, official.read(data.name, root, download=data.download))
+        dataset = _load_folder(data, root)
+    else:
+        dataset = _load_official(data, official.read(data.name, root, download=data.download))
+    return dataset if data.transfer is None else _transferred(dataset, data, Path(data.transfer))
 
 
 def _load_official(data: Data, published: official.Official) -> Dataset:
@@ -131,17 +133,16 @@ def _load_official(data: Data, published: official.Official) -> Dataset:
 
 
 def _load_folder(data: Data, root: Path) -> Dataset:
-    found = folder.scan(root, data.split_file)
+    labelled = data.transfer is None
+    found = folder.scan(root, data.split_file, labelled=labelled)
     size = data.image_size or _FOLDER_SIZE
-    # A random crop is cut from the whole image, so the files must stay at hand for it.
-    cropped = any(augmentation.name == "resized_crop" for augmentation in data.augment)
-    fits = (len(found.train) + len(found.test)) * size * size * 3 <= _MEMORY
-    in_memory = size if fits and not cropped else None
+    in_memory = _in_memory(data, len(found.train) + len(found.test), size)
     train, bad_train = _open(root, found.train, found.classes, data, in_memory)
     test, bad_test = _open(root, found.test, found.classes, data, in_memory)
     _refuse_bad(root, data, bad_train, bad_test)
     train_ids, val_ids = _ids(data, train.labels, bad_train)
-    if lost := sorted(set(range(len(found.classes))) - set(train.labels[train_ids].tolist())):
+    lost = sorted(set(range(len(found.classes))) - set(train.labels[train_ids].tolist()))
+    if lost and labelled:
         names = ", ".join(repr(found.classes[label]) for label in lost)
         raise PreflightError(f"{root}: classes without a usable training image: {names}")
     content = _sha256(  # no file name contains NUL
@@ -163,6 +164,33 @@ def _load_folder(data: Data, root: Path) -> Dataset:
         content=content,
         fingerprint=_fingerprint(data.name, found.classes, [train, test], content),
     )
+
+
+def _transferred(dataset: Dataset, data: Data, root: Path) -> Dataset:
+    """The data set with the images below `root`, which have no labels, for its training split."""
+    root = root.expanduser().absolute()
+    found, size = folder.unlabelled(root), dataset.image_size
+    train, bad = _open(root, found, (), data, _in_memory(data, len(found), size))
+    _refuse_bad(root, data, bad, {})
+    ids = splits.subset(np.arange(len(train)), train.labels, data.fraction, data.seed)
+    names = "".join(f"{entry.name}\0{entry.size}\0" for entry in found)
+    content = _sha256([dataset.content, names])
+    return replace(
+        dataset,
+        train=train,
+        train_ids=np.setdiff1d(ids, np.array(list(bad), np.int64)),
+        val_ids=np.arange(0),
+        bad=tuple(found[i].name for i in bad),
+        content=content,
+        fingerprint=_sha256([dataset.fingerprint, content]),
+    )
+
+
+def _in_memory(data: Data, images: int, size: int) -> int | None:
+    """`size` if so many images are decoded into memory once, None if they stay in their files."""
+    # A random crop is cut from the whole image, so the files must stay at hand for it.
+    cropped = any(augmentation.name == "resized_crop" for augmentation in data.augment)
+    return size if images * size * size * 3 <= _MEMORY and not cropped else None
 
 
 def _fingerprint(
@@ -220,7 +248,7 @@ def _open(
     With a `size` every image is decoded into memory; without, only the headers are read.
     """
     number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number[entry.label] for entry in entries], np.int64)
+    labels = np.array([number.get(entry.label, -1) for entry in entries], np.int64)
     files = tuple(root / entry.name for entry in entries)
     pixels = None if size is None else np.zeros((len(files), size, size, 3), np.uint8)
 

@@ -35,7 +35,7 @@ class Folder(NamedTuple):
     test: list[Entry]
 
 
-def scan(root: Path, split_file: str | None) -> Folder:
+def scan(root: Path, split_file: str | None, *, labelled: bool = True) -> Folder:
     """The image files below `root`, without opening any.
 
     Splits are `root/train/CLASS/` and `root/test/CLASS/` (`val` or `validation` where there is no
@@ -47,6 +47,7 @@ def scan(root: Path, split_file: str | None) -> Folder:
         root: The folder.
         split_file: A CSV file with the header `path,split`, where split is train or test and path
             is relative to `root`; itself relative to `root`.
+        labelled: Whether a training split is looked for; without, the classes are the test's.
 
     Raises:
         PreflightError: If the folder has no such layout, a class folder has no image, or a split
@@ -57,12 +58,13 @@ def scan(root: Path, split_file: str | None) -> Folder:
     if split_file is not None:
         train, test = _split(root / split_file, entries(root, root))
     else:
-        train = entries(root / "train", root)
+        train = entries(root / "train", root) if labelled else []
         present = [name for name in ("test", "val", "validation") if (root / name).is_dir()]
         if not present:
             raise PreflightError(f"{root}: no test, val or validation folder", hint=_LAYOUT)
         test = entries(root / present[0], root)
-    classes = sorted({entry.label for entry in train}, key=os.fsencode)
+    train = train if labelled else []
+    classes = sorted({entry.label for entry in train or test}, key=os.fsencode)
     unknown = Counter(entry.label for entry in test if entry.label not in set(classes))
     if unknown:
         raise PreflightError(
@@ -71,6 +73,22 @@ def scan(root: Path, split_file: str | None) -> Folder:
             hint="class folders are matched by their exact names",
         )
     return Folder(tuple(classes), train, test)
+
+
+def unlabelled(root: Path) -> list[Entry]:
+    """The image files anywhere below `root`, sorted by the bytes of their names, without classes.
+
+    Raises:
+        PreflightError: If there is none.
+    """
+    if not root.is_dir():
+        raise PreflightError(f"{root}: no such folder", hint="see data.transfer in the recipe")
+    found = [Entry(name.removeprefix("/"), "", size) for name, size in _files(root, "", set())]
+    if not found:
+        raise PreflightError(
+            f"{root}: no image in it", hint=f"known are {' '.join(_SUFFIXES)}; see data.transfer"
+        )
+    return sorted(found, key=lambda entry: os.fsencode(entry.name))
 
 
 def entries(folder: Path, root: Path) -> list[Entry]:

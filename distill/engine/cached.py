@@ -83,7 +83,7 @@ def manifest(
         key=lambda column: column.width,
         reverse=True,
     )
-    kept = {column.name: list(column.shape) for column in features}
+    kept = {column.name.removeprefix(FEATURE): list(column.shape) for column in features}
     row_bytes = sum(column.row_bytes for column in columns)
     flops = cost.flops(network, dataset.image_size)
     eval_columns = (Column("logits", "F32", (num_classes,)),)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from distill import console
 from distill.cache import write
-from distill.cache.layout import Unit, view_part
 from distill.cache.read import Reader
 from distill.cache.store import places
 from distill.cache.write import Writer
@@ -22,8 +21,9 @@ from distill.data.datasets import Dataset
 from distill.data.pixels import Views
 from distill.engine import cached
 from distill.engine.canaries import numerics, precision
+from distill.engine.jobs import BATCH_SIZE, Job, Settings
 from distill.engine.machine import Machine, StopRequest
-from distill.engine.precompute import BATCH_SIZE, Job, Settings, bits, precompute
+from distill.engine.precompute import bits, precompute
 from distill.models.network import Network
 from distill.recipe import Recipe
 from distill.teacher import Live, pack, unpack
@@ -160,16 +160,12 @@ class _Member:
         if here.main:
             host = {name: column.cpu().numpy() for name, column in self._kept.items()}
             writer = Writer(self.job.store, self.job.manifest)
-            for unit in self._units(view):
+            for unit in self.job.manifest.units_of(view):
                 rows = slice(unit.start, unit.start + unit.rows)
                 writer.put(unit, {name: column[rows] for name, column in host.items()})
             writer.close()
         self._kept.clear()
         self._known.zero_()
-
-    def _units(self, view: int) -> list[Unit]:
-        part = view_part(view)
-        return [unit for unit in self.job.manifest.units(view + 1) if unit.part == part]
 
     def _ask(self, batch: Batch) -> dict[str, Tensor]:
         with numerics(precision(self._recipe), self._device):

@@ -42,6 +42,14 @@ class Result(NamedTuple):
         return {key: value for key, value in self._asdict().items() if value is not None}
 
 
+class Counter(NamedTuple):
+    """How far a run is."""
+
+    step: int  # optimizer steps done
+    seconds: float  # spent on them, over all starts
+    warnings: list[str]  # said so far, for the result
+
+
 class Run:
     """A directory, nothing else."""
 

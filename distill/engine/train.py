@@ -5,41 +5,31 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import nullcontext
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
 from distill import console, evaluate, schedule, storage
 from distill.data import datasets
 from distill.engine import checkpoint, machine, optim
-from distill.engine.cached import Tutor
 from distill.engine.checkpoint import Checkpoint
+from distill.engine.finish import finish
 from distill.engine.machine import Machine, StopRequest
 from distill.engine.monitor import Display, Monitor
 from distill.engine.networks import trained
-from distill.engine.run import Result, Run
+from distill.engine.run import Counter, Result, Run
 from distill.engine.session import Session, announce, answers, prepare
 from distill.engine.step import Step, train_step
 from distill.errors import PreflightError, Stopped
 from distill.evaluate import Predictions
 from distill.identity import require_same
-from distill.models import cost, weights
+from distill.models import weights
 from distill.recipe import Recipe
 
 ROW_STEPS = 50  # steps between two rows of metrics.jsonl, or an epoch where that is shorter
 RATIO = (0.05, 50.0)  # of teacher's to labels' gradient; outside it one of them decides alone
 ANOTHER_OUT = "give another --out, or `--restart` to replace it"
 RATIO_PART = 0.1  # of the run in which it counts: later the labels are learned, and pull no more
-
-
-class Counter(NamedTuple):
-    """How far a run is."""
-
-    step: int  # optimizer steps done
-    seconds: float  # spent on them, over all starts
-    warnings: list[str]  # said so far, for the result
 
 
 def train(
@@ -69,8 +59,11 @@ def train(
         checkpoint_seconds: Time between two checkpoints.
 
     Raises:
+        RecipeError: If a baseline is asked for, and the images have no labels.
         IncompatibleError: If parts of the recipe do not fit each other or the machine.
-        IdentityError: If `out` holds a run of another recipe, teacher or data set.
+        IncompleteError: If the recipe's cache lacks views that it reads.
+        IdentityError: If `out` holds a run of another recipe, teacher or data set, or the cache was
+            made from something else.
         DamagedError: If there are checkpoints and none is whole.
         PreflightError: If data are missing or `out` cannot be written.
         DivergedError: If the loss stops being finite.
@@ -84,10 +77,10 @@ def train(
     )
     out = Path(out)
     with machine.stop_request() as stop:
+        alone = recipe.without_teacher() if baseline else None
         train_teachers(recipe, out, here, stop)
         result, told = _run(recipe, out, here, stop, restart=restart)
-        if baseline:
-            alone = recipe.without_teacher()
+        if alone is not None:
             plain, said = _run(alone, out / "baseline", here, stop, restart=restart)
             if result.baseline != plain.to_json():
                 result = _with_baseline(recipe, result, plain, here, told, said)
@@ -95,18 +88,30 @@ def train(
 
 
 def train_teachers(
-    recipe: Recipe, path: Path, here: Machine, stop: StopRequest, *, alone: bool = True
+    recipe: Recipe, path: Path, here: Machine, stop: StopRequest, *, parts: int | None = None
 ) -> None:
     """Train those of the recipe's teachers that are recipes and have no run beside `path` yet.
 
+    Args:
+        recipe: Whose teachers.
+        path: The recipe's own run directory.
+        here: Where.
+        stop: Asked between steps.
+        parts: Into how many a job is cut that may meet others like it at these runs; None: this
+            is no part of a job.
+
     Raises:
-        PreflightError: If one has none and this process is not alone: two would both train it.
+        PreflightError: If the parts of a job would all train the same teacher.
+        IdentityError: If a run is that of another recipe.
     """
     for i, spec in enumerate(recipe.teachers):
         if spec.recipe is None:
             continue
         run = Run(Path(str(trained(spec, path, i).weights)))
-        if not alone and run.finished() is None:
+        if parts is not None and run.finished() is not None:
+            _require_same_recipe(run, spec.recipe)  # and no lock: others may read it too
+            continue
+        if parts is not None and parts > 1:
             raise PreflightError(
                 f"{run.path}: the teacher is not trained yet, and the parts of a job cannot all "
                 "train it",
@@ -175,7 +180,7 @@ def _run(
             storage.write(run.recipe, recipe.to_yaml().encode())
         try:
             counter = fit(recipe, run, session, here, stop)
-            return _finish(recipe, run, session, here, counter)
+            return finish(recipe, run, session, here, counter)
         finally:
             session.close()
             here.accelerator.free_memory()
@@ -350,59 +355,3 @@ def _resume(run: Run, session: Session, monitor: Monitor, here: Machine) -> Coun
     monitor.load(found.values["monitor"])
     console.say(f"{run.path}: going on after step {found.step}")
     return Counter(found.step, found.values["seconds"], found.values["warnings"])
-
-
-def _test_scores(
-    tutor: Tutor, recipe: Recipe, dataset: datasets.Dataset, here: Machine
-) -> dict[str, float]:
-    if tutor.network is None:
-        return {}
-    return evaluate.scores(answers(tutor.network, "test", recipe, dataset, here))._asdict()
-
-
-def _finish(
-    recipe: Recipe, run: Run, session: Session, here: Machine, counter: Counter
-) -> tuple[Result, Predictions]:
-    """Read the test split, once, and write the student and the result."""
-    dataset, student = session.dataset, session.student
-    told = answers(student, "test", recipe, dataset, here)
-    specs = [trained(spec, run.path, i) for i, spec in enumerate(recipe.teachers)]
-    teachers = []
-    for tutor, spec in zip_longest(session.tutors, specs):
-        teachers.append(
-            {
-                "model": tutor.model,
-                "run": spec and spec.weights,  # None where a cache alone stands for the teacher
-                "weight": spec.weight if spec else 1.0,
-                "parameters": tutor.parameters,
-                "flops": tutor.flops,
-                **(tutor.scores.get("test") or _test_scores(tutor, recipe, dataset, here)),
-            }
-        )
-    values: dict[str, Any] = evaluate.scores(told)._asdict()
-    if len(dataset.val_ids):
-        held_out = answers(student, "val", recipe, dataset, here)
-        values["val_top1"] = evaluate.scores(held_out).top1
-    images = counter.step * recipe.train.batch_size
-    result = Result(
-        **values,
-        epochs=recipe.train.epochs,
-        steps=counter.step,
-        seconds=round(counter.seconds, 3),
-        images_per_second=round(images / max(counter.seconds, 1e-9), 1),
-        student=student.model,
-        teachers=teachers,
-        parameters=cost.parameters(student),
-        flops=cost.flops(student, dataset.image_size),
-        run=str(run.path),
-        identity=session.identity,
-        warnings=counter.warnings,
-    )
-    if here.main:
-        storage.write(run.student, weights.to_bytes(student))
-        run.finish(result)
-    console.say(
-        f"{run.path}: test top1 {result.top1:.2%} after {result.epochs:,} epochs, "
-        f"{result.seconds:.1f} s"
-    )
-    return result, told

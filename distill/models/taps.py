@@ -26,10 +26,10 @@ def attach(backbone: nn.Module, name: str, seen: dict[str, Tensor], num_classes:
         return
     modules = dict(backbone.named_modules())
     if name not in modules or not name:
-        known = [known for known in modules if known]
+        known = [known for known in modules if known and known.count(".") < 2]
         raise IncompatibleError(
             f"cache.features: no module {name!r} in {type(backbone).__name__}"
-            + suggestion(name, known[:200]),
+            + suggestion(name, known[:30]),
             hint="pooled is the vector that the classifier reads, in every network",
         )
     modules[name].register_forward_hook(_Keep(seen, name))

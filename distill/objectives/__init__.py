@@ -50,7 +50,7 @@ class Objective(nn.Module):
         """The pull of the teacher's terms on the logits over the pull of the labels' terms.
 
         ‖Σ w ∂(teacher terms)/∂z‖ / ‖Σ w ∂(label terms)/∂z‖ over the batch's logits z. Far from 1,
-        one side decides alone. None where either side has no term of any weight.
+        one side decides alone. None where either side has no term of any weight on the logits.
         """
         norms: list[Tensor] = []
         for needs_teacher in (True, False):
@@ -61,6 +61,7 @@ class Objective(nn.Module):
                     for name, term in self.terms.items()
                     if isinstance(term, Term)
                     and term.needs_teacher is needs_teacher
+                    and not term.features
                     and weights[name] != 0
                 ]
                 if not pulls:

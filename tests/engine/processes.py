@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 context: ForkServerContext = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["distill.engine.train", "distill.models.zoo.vit"])
+context.set_forkserver_preload(
+    ["distill.engine.train", "distill.models.zoo.vit", "distill.models.zoo.resnet"]
+)
 
 
 def start(recipe: Path, out: Path, **options: Any) -> ForkServerProcess:
@@ -30,6 +32,38 @@ def _train(recipe: Path, out: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     try:
         train(Recipe.load(recipe), out, **options)
+    except DistillError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+def build(recipe: Path, out: Path, shard: tuple[int, int]) -> ForkServerProcess:
+    """Begin to make a part of the recipe's teacher cache in a process of its own."""
+    process = context.Process(target=_build, args=(recipe, out, shard))
+    process.start()
+    return process
+
+
+def _build(recipe: Path, out: Path, shard: tuple[int, int]) -> None:
+    import sys
+
+    import torch
+
+    from distill.data import datasets
+    from distill.engine import machine
+    from distill.engine.jobs import Settings, build_jobs
+    from distill.engine.precompute import precompute
+    from distill.errors import DistillError
+    from distill.recipe import Recipe
+
+    torch.set_num_threads(1)
+    try:
+        loaded = Recipe.load(recipe)
+        dataset, here = datasets.load(loaded.data), machine.setup(workers=0)
+        with machine.stop_request() as stop:
+            jobs = build_jobs(loaded, str(out), out, dataset, here)
+            settings = Settings(shard=shard, unit_rows=32, views_per_read=2)
+            precompute(loaded, jobs, dataset, here, stop, settings)
     except DistillError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

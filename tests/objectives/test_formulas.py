@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.objectives.ce import ce_loss
 from distill.objectives.hard import hard_loss
 from distill.objectives.kd import kd_loss
+from distill.objectives.similarity import similarity_loss
 
 temperatures = st.floats(0.5, 20)
 seeds = st.integers(0, 2**32 - 1)
@@ -79,6 +80,24 @@ def test_hard(seed: int) -> None:
         for z, t in zip(student.double().tolist(), teacher.tolist(), strict=True)
     ]
     np.testing.assert_allclose(hard_loss(student, teacher).numpy(), plain, rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds)
+def test_similarity(seed: int) -> None:
+    student, teacher, _ = draw(seed)
+    wide = torch.cat([teacher, teacher.square()], dim=1)  # the two need not be of one width
+
+    def alike(features: list[list[float]]) -> list[list[float]]:
+        rows = [[sum(map(math.prod, zip(a, b, strict=True))) for b in features] for a in features]
+        return [[value / math.sqrt(sum(v * v for v in row)) for value in row] for row in rows]
+
+    own, other = alike(student.double().tolist()), alike(wide.double().tolist())
+    plain = [
+        sum((a - b) ** 2 for a, b in zip(row, target, strict=True)) / len(own)
+        for row, target in zip(own, other, strict=True)
+    ]
+    np.testing.assert_allclose(similarity_loss(student, wide), plain, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])

@@ -43,8 +43,13 @@ def logits(size: int, classes: int, scale: float = 3.0) -> Tensor:
     return torch.randn(size, classes) * scale
 
 
+def outputs(term: Term, z: Tensor) -> Outputs:
+    """The values as logits, and as every feature that the term reads."""
+    return Outputs(z, dict.fromkeys(term.features, z) or None)
+
+
 def loss(term: Term, student: Tensor, teacher: Tensor, data: Batch) -> Tensor:
-    return term(Outputs(student), Outputs(teacher), data)
+    return term(outputs(term, student), outputs(term, teacher), data)
 
 
 @pytest.mark.parametrize("labels", LABELS)
@@ -136,7 +141,7 @@ def test_compiled_without_a_break_it_is_the_same(name: str) -> None:
     student, teacher = logits(8, 10), logits(8, 10)
     for forward in (term, compiled):
         z = student.clone().requires_grad_()
-        value = forward(Outputs(z), Outputs(teacher), data)
+        value = forward(outputs(term, z), outputs(term, teacher), data)
         value.sum().backward()
         values.append(value.detach())
         gradients.append(z.grad)

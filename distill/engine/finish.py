@@ -1,0 +1,73 @@
+"""The end of a run: the test split is read, once, and what was trained is written."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any
+
+from distill import console, evaluate, storage
+from distill.data import datasets
+from distill.engine.cached import Tutor
+from distill.engine.machine import Machine
+from distill.engine.networks import trained
+from distill.engine.run import Counter, Result, Run
+from distill.engine.session import Session, answers
+from distill.evaluate import Predictions
+from distill.models import cost, weights
+from distill.recipe import Recipe
+
+
+def _test_scores(
+    tutor: Tutor, recipe: Recipe, dataset: datasets.Dataset, here: Machine
+) -> dict[str, float]:
+    if tutor.network is None:
+        return {}
+    return evaluate.scores(answers(tutor.network, "test", recipe, dataset, here))._asdict()
+
+
+def finish(
+    recipe: Recipe, run: Run, session: Session, here: Machine, counter: Counter
+) -> tuple[Result, Predictions]:
+    """Read the test split, once, and write the student and the result."""
+    dataset, student = session.dataset, session.student
+    told = answers(student, "test", recipe, dataset, here)
+    specs = [trained(spec, run.path, i) for i, spec in enumerate(recipe.teachers)]
+    teachers = []
+    for tutor, spec in zip_longest(session.tutors, specs):
+        teachers.append(
+            {
+                "model": tutor.model,
+                "run": spec and spec.weights,  # None where a cache alone stands for the teacher
+                "weight": spec.weight if spec else 1.0,
+                "parameters": tutor.parameters,
+                "flops": tutor.flops,
+                **(tutor.scores.get("test") or _test_scores(tutor, recipe, dataset, here)),
+            }
+        )
+    values: dict[str, Any] = evaluate.scores(told)._asdict()
+    if len(dataset.val_ids):
+        held_out = answers(student, "val", recipe, dataset, here)
+        values["val_top1"] = evaluate.scores(held_out).top1
+    images = counter.step * recipe.train.batch_size
+    result = Result(
+        **values,
+        epochs=recipe.train.epochs,
+        steps=counter.step,
+        seconds=round(counter.seconds, 3),
+        images_per_second=round(images / max(counter.seconds, 1e-9), 1),
+        student=student.model,
+        teachers=teachers,
+        parameters=cost.parameters(student),
+        flops=cost.flops(student, dataset.image_size),
+        run=str(run.path),
+        identity=session.identity,
+        warnings=counter.warnings,
+    )
+    if here.main:
+        storage.write(run.student, weights.to_bytes(student))
+        run.finish(result)
+    console.say(
+        f"{run.path}: test top1 {result.top1:.2%} after {result.epochs:,} epochs, "
+        f"{result.seconds:.1f} s"
+    )
+    return result, told

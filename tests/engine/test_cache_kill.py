@@ -1,0 +1,89 @@
+"""Writers that are killed at any moment leave a cache that is complete and exact in the end."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from distill import yamlio
+from distill.cache import verify, write
+from distill.cache.store import Folder
+from distill.engine.train import train
+from distill.recipe import Recipe
+from tests.engine import processes
+
+RECIPE = {
+    "data": {"name": "digits", "fraction": 0.2, "augment": ["crop", "flip"], "mixup": 0.5},
+    "teachers": [{"weights": "teacher"}],
+    "student": {"model": "resnet8"},
+    "objective": [{"term": "kd"}],
+    "cache": {"path": "tc", "views": 40},
+    "optimizer": {"lr": 0.1},
+    "train": {"epochs": 40, "batch_size": 16},
+}
+TEACHER = {
+    "data": {"name": "digits", "fraction": 0.2},
+    "student": {"model": "resnet8"},
+    "objective": [{"term": "ce"}],
+    "optimizer": {"name": "sgd", "lr": 0.1},
+    "train": {"epochs": 1, "batch_size": 16},
+}
+PARTS = [(1, 3), (2, 3), (3, 3), (2, 3)]  # the second has a double
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "teacher.yaml").write_text(yamlio.dump(TEACHER))
+    train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
+    path = tmp_path / "recipe.yaml"
+    teachers = [{"weights": str(tmp_path / "teacher")}]
+    path.write_text(yamlio.dump(RECIPE | {"teachers": teachers}))
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a cache but what killed writers left half written."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".tmp"
+    }
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.timeout(3600)
+def test_killed_parallel_and_double_writers_change_nothing(
+    recipe: Path, tmp_path: Path, kills: int
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    processes.build(recipe, whole, (1, 1)).join()
+    dice = random.Random(kills)
+    running = [processes.build(recipe, broken, part) for part in PARTS]
+    done = 0
+    while done < kills:
+        time.sleep(dice.uniform(0.02, 0.4))
+        number = dice.randrange(len(PARTS))
+        if running[number].is_alive():
+            running[number].kill()
+            done += 1
+        else:  # it was through: undo some of its work, so that there is something to kill
+            for unit in dice.sample(sorted(broken.rglob("u*.safetensors")), 5):
+                unit.unlink(missing_ok=True)
+            (broken / "index.json").unlink(missing_ok=True)
+        running[number].join()
+        store = Folder(broken)
+        if (manifest := write.read_manifest(store)) is not None:
+            assert verify.full(store, manifest) == []
+        running[number] = processes.build(recipe, broken, PARTS[number])
+    for process in running:
+        process.join()
+        assert process.exitcode == 0
+    processes.build(recipe, broken, (1, 1)).join()
+    assert files(broken) == files(whole)
+    manifest = write.read_manifest(Folder(broken))
+    assert manifest is not None
+    assert not write.missing(Folder(broken), manifest)
+    assert write.read_index(Folder(broken), manifest) is not None
