@@ -74,7 +74,7 @@ def decode(codec: str, columns: Mapping[str, Tensor], num_classes: int) -> Float
     if not rest:
         tail = torch.zeros_like(lse)
     else:
-        left = (-torch.expm1(logp.logsumexp(dim=-1, keepdim=True).clamp_max(0))).clamp_min(1e-9)
+        left = (-torch.expm1(logp.logsumexp(dim=-1, keepdim=True))).clamp_min(1e-9)
         tail = left.log() - math.log(rest)
     dense = tail.expand(-1, num_classes).scatter(1, columns["ids"].long(), logp)
     return dense + lse

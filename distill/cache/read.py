@@ -64,6 +64,7 @@ class Reader:
         self._scratch = scratch or _default_scratch() / manifest.id[:16]
         self._pool = ThreadPoolExecutor(1)
         self._views: dict[int, Future[_View]] = {}
+        self._reading = -1  # the view that was asked for last
 
     def require(self, ids: Int[ndarray, " n"], *, exact: bool) -> None:
         """Refuse to serve samples that are not in it.
@@ -106,9 +107,10 @@ class Reader:
         opened = self._open(view).result()
         for old in [v for v in self._views if v != view][: max(0, len(self._views) - _OPEN)]:
             del self._views[old]
-        following = (view + 1) % self.num_views
-        if following not in self._views and not (self._partial and not self.complete(following)):
-            self._open(following)
+        if view != self._reading:
+            self._reading, following = view, (view + 1) % self.num_views
+            if not self._partial or self.complete(following):
+                self._open(following)
         return opened.rows(at)
 
     def evaluation(self, split: str) -> Float[ndarray, "N K"]:
@@ -119,7 +121,8 @@ class Reader:
         """
         units = [unit for unit in self.manifest.units(0) if unit.part == split]
         found = [self._columns(unit)["logits"] for unit in units]
-        whole = np.concatenate(found) if found else np.zeros((0, self.manifest.num_classes), "f4")
+        none = np.zeros((0, self.manifest.num_classes), np.float32)
+        whole: ndarray = np.concatenate([none, *found])
         return whole
 
     def close(self) -> None:

@@ -45,10 +45,19 @@ def full(store: Store, manifest: Manifest) -> list[Fault]:
     return list(_faults(store, manifest, whole=True))
 
 
+def indexed(store: Store, manifest: Manifest) -> bool:
+    """Whether there is an index of all views."""
+    try:
+        index = write.read_index(store, manifest)
+    except DamagedError:
+        return False
+    return index is not None and index.views == manifest.views
+
+
 def repair(store: Store, faults: list[Fault]) -> None:
-    """Remove the units that are bad, so that they are made again, and an index that is not true."""
+    """Remove what is bad and can be made again, and an index that is not true."""
     for fault in faults:
-        if fault.name not in (MANIFEST, SAMPLES, CANARIES):
+        if fault.name not in (MANIFEST, SAMPLES):  # the next writer mends the latter in place
             store.remove(fault.name)
     if faults:
         store.remove(INDEX)

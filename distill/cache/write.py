@@ -80,6 +80,7 @@ def begin(store: Store, wanted: Manifest, *, samples: bytes, canaries: bytes) ->
         )
     if not found.lists(store.read(SAMPLES)):  # damaged, or lost
         store.write(SAMPLES, samples)
+    store.create(CANARIES, canaries)  # lost, if it is not there
     if found.views < wanted.views:
         found = found.model_copy(update={"views": wanted.views})
         store.write(MANIFEST, layout.seal(found))

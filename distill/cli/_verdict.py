@@ -46,7 +46,7 @@ def status(recipe: Recipe, place: str, *, as_json: bool) -> int:
                 "units": total,
                 "missing": total - done,
                 "bytes": sum(manifest.size_of(unit) for unit in manifest.units()),
-                "complete": done == total and index is not None,
+                "complete": done == total and index is not None and index.views == manifest.views,
                 "parts": {part.part: [part.done, part.total] for part in parts},
                 "eta_seconds": _eta(store, done, total),
                 "scores": index.scores if index else {},
@@ -73,7 +73,6 @@ def verdict(
 ) -> int:
     """Look at each teacher's cache as closely as asked; return the exit status."""
     from distill.cache import verify, write
-    from distill.cache.layout import INDEX
 
     caches: list[dict[str, Any]] = []
     for name, store, manifest in _there(recipe, place):
@@ -87,7 +86,7 @@ def verdict(
                 "path": store.origin,
                 "faults": [fault._asdict() for fault in faults],
                 "missing": len(missing),
-                "indexed": store.read(INDEX) is not None,
+                "indexed": verify.indexed(store, manifest),
             }
         )
         if repair and faults:

@@ -64,6 +64,8 @@ def _show(found: Rehearsal) -> None:
     """What takes part, what it costs, and what to do next."""
     from rich.table import Table
 
+    from distill.storage import size
+
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(2):
         table.add_column(overflow="fold")
@@ -93,6 +95,10 @@ def _show(found: Rehearsal) -> None:
     parts = [f"{name} {size / 1e6:,.1f}" for name, size in found.memory._asdict().items() if size]
     total = f"about {found.memory.total / 1e6:,.1f} MB a device"
     rows.append(("memory", f"{total}: {', '.join(parts)}"))
+    for cache in found.caches:
+        state = f"{cache['missing']:,} of {cache['units']:,} units missing"
+        text = f"{cache['path']}: {cache['codec']}, {cache['views']} views"
+        rows.append(("cache", f"{text}, {size(cache['bytes'])}; {state}"))
     rows.append(
         ("checkpoint", f"{found.checkpoint / 1e6:,.1f} MB; a run keeps two while it writes a third")
     )

@@ -230,12 +230,16 @@ def _seconds(text: str) -> float:
 
 
 def _build(recipe: Recipe, place: str, run: Path, settings: Any, workers: int | None) -> Built:
+    from distill.cache.store import places
+    from distill.cache.write import read_manifest
     from distill.data import datasets
     from distill.engine import machine
     from distill.engine.jobs import build_jobs
     from distill.engine.precompute import precompute
     from distill.engine.train import train_teachers
 
+    for _, store in places(recipe.teachers, place):
+        read_manifest(store)  # a wrong address, or a damaged cache, before anything is trained
     here = machine.setup(workers=workers)
     with machine.stop_request() as stop:
         train_teachers(recipe, run, here, stop, parts=settings.shard[1])

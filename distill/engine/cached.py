@@ -18,7 +18,7 @@ from distill.cache.read import Reader
 from distill.cache.store import Store, places
 from distill.data import images, views
 from distill.data.datasets import Dataset
-from distill.engine.canaries import canaries_file, check_canaries, precision
+from distill.engine.canaries import canaries_file, check_canaries, precision, require_exact
 from distill.errors import IdentityError, IncompatibleError, IncompleteError
 from distill.models import cost, weights
 from distill.models.network import Network, on_meta
@@ -132,10 +132,10 @@ def start(
         DamagedError: If its manifest was altered.
     """
     wanted = manifest(recipe, dataset, network, num_views=num_views, unit_rows=unit_rows)
-    there = write.read_manifest(store)
-    canaries = b""
-    if there is None:
+    canaries = store.read(layout.CANARIES)
+    if write.read_manifest(store) is None or canaries is None:
         canaries = canaries_file(recipe, dataset, network, num_views=num_views, device=device)
+        require_exact(wanted.codec, canaries, store.origin)
     found = write.begin(store, wanted, samples=samples_file(dataset), canaries=canaries)
     if unit_rows and found.unit_rows != unit_rows:
         raise IdentityError(

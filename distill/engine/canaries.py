@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
+from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
-from distill.cache import layout, read
+from distill.cache import codec, layout, read
 from distill.cache.store import Store
 from distill.data import views
 from distill.data.datasets import Dataset
 from distill.data.pixels import Views
 from distill.engine import machine
-from distill.errors import IdentityError
+from distill.errors import IdentityError, IncompatibleError
 from distill.models.network import Network
 from distill.recipe import Recipe
 from distill.types import Outputs
@@ -47,6 +48,30 @@ def canaries_file(
             "logits": answers(recipe, dataset, network, positions, numbers, device),
         }
     )
+
+
+def require_exact(kept: str, canaries: bytes, origin: str) -> None:
+    """Refuse a codec that would change these answers by more than other kernels do.
+
+    A byte a class is a part of the row's range: one class that is all but impossible (a logit
+    hundreds below the others) leaves too little of it for the rest.
+
+    Raises:
+        IncompatibleError: If it would.
+        DivergedError: If an answer is not finite.
+    """
+    logits = torch.from_numpy(load_tensors(canaries)["logits"])
+    columns = codec.encode(kept, logits)
+    codec.require_finite(columns, origin)
+    if kept.startswith("topk:"):  # cuts by intention
+        return
+    kl = divergence(logits.numpy(), codec.decode(kept, columns, logits.shape[1]).numpy())
+    if kl > KL_SAME:
+        raise IncompatibleError(
+            f"{origin}: cache.codec {kept} would change this teacher's answers by KL {kl:.2g} nats "
+            f"(on {len(logits)} views): its logits span too wide a range",
+            hint="--codec fp16",
+        )
 
 
 def check_canaries(

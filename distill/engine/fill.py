@@ -13,7 +13,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from distill import console
-from distill.cache import write
+from distill.cache import verify
+from distill.cache.codec import require_finite
 from distill.cache.read import Reader
 from distill.cache.store import places
 from distill.cache.write import Writer
@@ -110,7 +111,7 @@ class Filler:
     def _finish_all(self) -> None:
         """What is left are the evaluation splits and the index."""
         jobs = [member.job for member in self.members]
-        jobs = [job for job in jobs if write.read_index(job.store, job.manifest) is None]
+        jobs = [job for job in jobs if not verify.indexed(job.store, job.manifest)]
         if jobs:
             precompute(self._recipe, jobs, self._dataset, self._here, StopRequest(), Settings())
 
@@ -158,7 +159,9 @@ class _Member:
         for column in self._kept.values():
             _sum(column.view(torch.uint8))
         if here.main:
-            host = {name: column.cpu().numpy() for name, column in self._kept.items()}
+            columns = {name: column.cpu() for name, column in self._kept.items()}
+            require_finite(columns, self.job.store.origin)
+            host = {name: column.numpy() for name, column in columns.items()}
             writer = Writer(self.job.store, self.job.manifest)
             for unit in self.job.manifest.units_of(view):
                 rows = slice(unit.start, unit.start + unit.rows)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+_SHARD = "DISTILL_SHARD"  # variable that tells a process its part
+
 
 def spread(arguments: Sequence[str]) -> int | None:
     """Run `distill ARGUMENTS` once on each visible GPU, and return the exit status.
@@ -35,14 +37,20 @@ def spread_shards(arguments: Sequence[str], shard: tuple[int, int]) -> int | Non
     if gpus < 2 or "RANK" in os.environ:
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
+    return spawn_shards(
+        visible.split(",") if visible else [str(i) for i in range(gpus)], arguments, shard
+    )
+
+
+def spawn_shards(gpus: Sequence[str], arguments: Sequence[str], shard: tuple[int, int]) -> int:
+    """Run `distill ARGUMENTS` in a process for each GPU, each with its part of `shard`."""
     number, count = shard
     environments = [
         {
             "CUDA_VISIBLE_DEVICES": name,
-            "DISTILL_SHARD": f"{(number - 1) * gpus + i + 1}/{count * gpus}",
+            _SHARD: f"{(number - 1) * len(gpus) + i + 1}/{count * len(gpus)}",
         }
-        for i, name in enumerate(names)
+        for i, name in enumerate(gpus)
     ]
     return _watched(arguments, environments, together=False)
 
@@ -52,7 +60,7 @@ def stand_alone(shard: tuple[int, int]) -> tuple[int, int]:
 
     Where a launcher such as torchrun started several, each is one of its parts.
     """
-    if own := os.environ.pop("DISTILL_SHARD", None):
+    if own := os.environ.pop(_SHARD, None):
         number, _, count = own.partition("/")
         return int(number), int(count)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

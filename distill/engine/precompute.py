@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill import console, storage
 from distill.cache import write
+from distill.cache.codec import require_finite
 from distill.cache.layout import Manifest, Unit
 from distill.cache.store import Folder
 from distill.cache.write import Writer
@@ -157,7 +158,9 @@ class _Pass:
             self.passage.advance(len(which) * len(asked))
         found = {}
         for job in asked:
-            host = {name: column.cpu().numpy() for name, column in kept[job.name].items()}
+            columns = {name: column.cpu() for name, column in kept[job.name].items()}
+            require_finite(columns, job.store.origin)
+            host = {name: column.numpy() for name, column in columns.items()}
             found[job.name] = [
                 (unit, _rows(job.manifest, host, unit, place[unit.part] * piece.rows))
                 for unit in units[job.name]

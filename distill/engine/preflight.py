@@ -14,21 +14,23 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 from distill import models, objectives
+from distill.cache import write
+from distill.cache.store import open_store, places
 from distill.data import datasets
 from distill.data.datasets import Dataset
 from distill.data.loader import Loader
-from distill.engine import machine, optim
+from distill.engine import cached, machine, optim
 from distill.engine.networks import facts, trained
 from distill.engine.run import Run
 from distill.engine.session import together
 from distill.engine.step import Distiller, train_step
-from distill.errors import DistillError
+from distill.errors import DistillError, IncompleteError
 from distill.models import cost, weights
 from distill.models.network import Network
 from distill.recipe import Data, Recipe
 from distill.recipe import Teacher as TeacherSpec
-from distill.teacher import Live
-from distill.types import Batch
+from distill.teacher import Live, Teacher, unpack
+from distill.types import Batch, Outputs
 
 CPU = torch.device("cpu")
 
@@ -61,6 +63,7 @@ class Rehearsal(NamedTuple):
     batch_size: int
     device_batch_size: int
     memory: Memory
+    caches: list[dict[str, Any]]  # path, codec, views, units, missing and bytes of each teacher's
     checkpoint: int  # bytes of one; a run directory holds two, and a third while it is written
     warnings: list[str]
 
@@ -101,9 +104,11 @@ def _rehearse(
     steps = recipe.train.epochs * loader.steps_per_epoch
     loader.close()
     student, teachers = _networks(recipe, path, devices, dataset)
-    memory, checkpoint = _step(
-        recipe, dataset, student, [network for network, _ in teachers], batch_size // devices
-    )
+    networks = [network for network, _ in teachers]
+    caches = _caches(recipe, path, dataset, networks)
+    memory, checkpoint = _step(recipe, dataset, student, networks, batch_size // devices)
+    if recipe.cache is not None and recipe.cache.path is not None and not recipe.cache.fill:
+        memory = memory._replace(teachers=0)  # the cache answers for them
     plan = Rehearsal(
         data={
             "name": dataset.name,
@@ -134,6 +139,7 @@ def _rehearse(
         batch_size=batch_size,
         device_batch_size=batch_size // devices,
         memory=memory,
+        caches=caches,
         checkpoint=checkpoint,
         warnings=_warnings(recipe, dataset, student),
     )
@@ -209,7 +215,10 @@ def _step(
     needed = sorted({name for _, term in distiller.objective.taught() for name in term.features})
     for network in (student, *teachers):
         network.tap(needed)
-    teacher = together([Live(network) for network in teachers], recipe)
+    members: list[Teacher] = [Live(network) for network in teachers]
+    if not members and recipe.cache is not None and recipe.cache.path is not None:
+        members = [_stand_in(recipe.cache.path)]
+    teacher = together(members, recipe)
 
     def kept(batch: Batch) -> int:
         """Bytes that a step on `batch` keeps between its forward and backward pass."""
@@ -251,6 +260,54 @@ def _step(
         images=pair.images[0].nbytes * images,
     )
     return memory, memory.weights + memory.optimizer + memory.average
+
+
+def _caches(
+    recipe: Recipe, path: Path, dataset: Dataset, networks: list[Network]
+) -> list[dict[str, Any]]:
+    """What the recipe's caches are, or would be; those that cannot serve it are refused."""
+    if recipe.cache is None or not (recipe.cache.path or recipe.cache.fill):
+        return []
+    objective = objectives.build(recipe.objective)
+    found = []
+    for i, (_, store) in enumerate(
+        places(recipe.teachers, recipe.cache.path or str(path / "cache"))
+    ):
+        network = networks[i] if networks else None
+        manifest = write.read_manifest(store)
+        if manifest is not None:
+            cached.require_identity(recipe, dataset, network, manifest, store)
+        elif network is not None:
+            views = recipe.num_views or 1
+            manifest = cached.manifest(recipe, dataset, network, num_views=views, unit_rows=None)
+        else:
+            raise IncompleteError(f"{store.origin}: there is no cache, and no teacher to ask")
+        cached.require_usable(manifest, objective, len(networks) > 1)
+        units = manifest.units()
+        found.append(
+            {
+                "path": store.origin,
+                "codec": manifest.codec,
+                "views": manifest.views,
+                "units": len(units),
+                "missing": len(write.missing(store, manifest)),
+                "bytes": sum(map(manifest.size_of, units)),
+            }
+        )
+    return found
+
+
+def _stand_in(path: str) -> Teacher:
+    """A teacher that says nothing, in the shape of what the cache at `path` holds."""
+    manifest = write.read_manifest(open_store(path))
+    assert manifest is not None, "_caches has read it"
+
+    def say(batch: Batch) -> Outputs:
+        rows = len(batch.ids)
+        blank = {c.name: torch.zeros(rows, *c.shape) for c in manifest.columns}
+        return unpack(manifest.codec, blank, manifest.num_classes)
+
+    return say
 
 
 def _pair(recipe: Recipe, dataset: Dataset) -> Batch:

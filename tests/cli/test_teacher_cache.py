@@ -208,9 +208,11 @@ def test_a_signal_stops_it_and_it_goes_on(there: Path, signum: int, status: int)
     made = len(list((there / "tc").rglob("u*.safetensors")))
     assert made >= 3
     assert not list((there / "tc").rglob("*.tmp"))
-    status, _ = cache(there, *SLOW, "--time-limit", "1s")
-    assert status == 75
-    assert len(list((there / "tc").rglob("u*.safetensors"))) > made
+    # Two units are evaluation's, so two more views than were made are asked for.
+    status, built = cache(there, "--views", made, "--batch-size", "8")
+    assert status == 0
+    whole = len(list((there / "tc").rglob("u*.safetensors")))
+    assert built["units"] == whole - made > 0
 
 
 def test_a_time_limit_that_is_over_stops_before_the_work(there: Path) -> None:
@@ -287,3 +289,19 @@ def test_a_damaged_manifest_is_a_sentence(there: Path) -> None:
         assert status == 5
         assert "manifest.json: its content changed after it was written" in said
     assert command(there, "train", "student.yaml").exit_code == 5
+
+
+def test_several_gpus_share_a_part_and_one_that_dies_takes_no_other_with_it(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distill.engine import launch
+
+    monkeypatch.chdir(there)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for part in ((1, 2), (2, 2)):
+        arguments = ["teacher-cache", "student.yaml", *UNITS, "--shard", f"{part[0]}/{part[1]}"]
+        assert launch.spawn_shards(["0", "1"], arguments, part) == 0
+        assert cache(there, "--status")[0] == (3 if part == (1, 2) else 0)
+    refused = ["teacher-cache", "student.yaml", "--set", "data.mixup=0.9"]
+    assert launch.spawn_shards(["0", "1"], refused, (1, 1)) == 4

@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distill import yamlio
@@ -87,3 +88,36 @@ def test_killed_parallel_and_double_writers_change_nothing(
     assert manifest is not None
     assert not write.missing(Folder(broken), manifest)
     assert write.read_index(Folder(broken), manifest) is not None
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_fills_its_cache_may_be_killed(recipe: Path, tmp_path: Path) -> None:
+    """Mid-epoch, the answers before the kill are forgotten; the view is completed all the same."""
+    text = yamlio.load(recipe.read_text())[0]
+    text["cache"] = {"views": 4, "fill": True}
+    text["train"] = {"epochs": 6, "batch_size": 16}
+    recipe.write_text(yamlio.dump(text))
+    processes.start(recipe, tmp_path / "whole", checkpoint_seconds=0).join()
+    dice = random.Random(1)
+    kills = 0
+    while not (tmp_path / "broken" / "result.json").exists():
+        running = processes.start(recipe, tmp_path / "broken", checkpoint_seconds=0)
+        running.join(dice.uniform(0.3, 1.0) if kills < 6 else None)
+        if running.is_alive():
+            running.kill()
+            kills += 1
+            running.join()
+    assert kills == 6
+    store = Folder(tmp_path / "broken" / "cache")
+    manifest = write.read_manifest(store)
+    assert manifest is not None
+    assert verify.full(store, manifest) == []
+    assert write.read_index(store, manifest) is not None
+    whole, broken = (files(tmp_path / run / "cache") for run in ("whole", "broken"))
+    assert set(whole) == set(broken)
+    # Rows that were asked for in another batch may differ in the last bit of a float.
+    for name in whole:
+        if name.startswith("views/"):
+            one, other = (np.frombuffer(each[name], np.uint8) for each in (whole, broken))
+            assert one.shape == other.shape
+            assert (one != other).mean() < 0.02

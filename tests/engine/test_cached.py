@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from distill import yamlio
-from distill.cache import read, write
+from distill.cache import read, verify, write
 from distill.cache.store import Folder
 from distill.data import datasets
 from distill.engine import machine
@@ -26,6 +26,7 @@ from distill.engine.step import train_step
 from distill.engine.train import train, train_teachers
 from distill.errors import (
     DamagedError,
+    DivergedError,
     IdentityError,
     IncompatibleError,
     IncompleteError,
@@ -625,3 +626,61 @@ def test_images_without_labels_teach_by_the_cache_alone(
         load(**(keys | {"objective": [{"term": "ce"}, {"term": "kd"}]}))
     with pytest.raises(RecipeError, match="nothing to learn from"):
         train(recipe, tmp_path / "student", baseline=True)
+
+
+def test_answers_that_are_not_finite_are_not_kept(
+    load: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(f"cache.path={tmp_path / 'tc'}")
+    from distill.engine import precompute as module
+
+    tell, calls = module.tell, []
+
+    def broken(*arguments: Any) -> Any:
+        outputs = tell(*arguments)
+        calls.append(1)
+        if len(calls) == 9:
+            outputs.logits[3, 0] = torch.nan
+        return outputs
+
+    monkeypatch.setattr(module, "tell", broken)
+    with pytest.raises(DivergedError, match="1 images are not finite"):
+        build(recipe, tmp_path / "tc", views_per_read=1)
+    store = Folder(tmp_path / "tc")
+    manifest = write.read_manifest(store)
+    assert manifest is not None
+    assert verify.full(store, manifest) == []
+    assert write.missing(store, manifest)
+
+
+def test_a_code_too_coarse_for_the_teacher_is_refused(
+    load: Callable[..., Recipe], tmp_path: Path, teacher_run: Path
+) -> None:
+    """One class that is all but impossible takes the range that the others need."""
+    from distill.models import weights
+
+    network = weights.load(teacher_run)
+    with torch.no_grad():
+        network.backbone.fc.bias[4] -= 3000  # type: ignore[union-attr, operator]
+    file = tmp_path / "wide.safetensors"
+    file.write_bytes(weights.to_bytes(network))
+    keys = {"teachers": [{"weights": str(file)}]}
+    with pytest.raises(
+        IncompatibleError, match="int8 would change this teacher's answers"
+    ) as caught:
+        build(load(f"cache.path={tmp_path / 'tc'}", **keys), tmp_path / "tc")
+    assert caught.value.hint == "--codec fp16"
+    assert not (tmp_path / "tc").exists()
+    recipe = load(f"cache.path={tmp_path / 'tc'}", "cache.codec=fp16", **keys)
+    build(recipe, tmp_path / "tc")
+    require_alike(load(**keys), recipe, tmp_path)
+
+
+def test_lost_canaries_are_made_again(load: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = load(f"cache.path={tmp_path / 'tc'}")
+    build(recipe, tmp_path / "tc")
+    before = listing(tmp_path / "tc")
+    (tmp_path / "tc" / "canaries.safetensors").unlink()
+    (tmp_path / "tc" / "index.json").unlink()
+    build(recipe, tmp_path / "tc")
+    assert listing(tmp_path / "tc") == before

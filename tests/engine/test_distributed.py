@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
+from distill.cache import verify, write
+from distill.cache.store import Folder
 from distill.engine import launch
 from distill.engine.train import train
 from distill.recipe import Recipe
@@ -70,6 +72,27 @@ def test_two_processes_and_two_micro_batches_equal_one(
     results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
     assert results[0]["top1"] == results[1]["top1"]
     assert results[0]["nll"] == pytest.approx(results[1]["nll"], abs=1e-5)
+
+
+def test_two_processes_fill_and_read_a_cache_as_one_does(
+    recipes: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cache = tmp_path / "tc"
+    recipe = recipes(student=PLAIN + f"cache: {{path: {cache}, views: 2}}\n")
+    train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
+    command = ["train", str(recipe)]
+    filled, read = str(tmp_path / "filled"), str(tmp_path / "read")
+    assert launch.spawn(2, [*command, "--set", "cache.fill=true", "--out", filled]) == 0
+    store = Folder(cache)
+    manifest = write.read_manifest(store)
+    assert manifest is not None
+    assert verify.full(store, manifest) == []
+    assert write.read_index(store, manifest) is not None
+    assert launch.spawn(2, [*command, "--out", read]) == 0
+    train(Recipe.load(recipe), tmp_path / "alone")
+    for other in (filled, read):
+        assert _largest_difference(tmp_path / "alone", Path(other)) <= 1e-5
 
 
 def test_torchrun_and_accelerate_launch_start_it_as_it_is(
