@@ -14,7 +14,7 @@ from safetensors.numpy import load as load_tensors
 
 from distill import storage
 from distill.cache import verify, write
-from distill.cache.layout import CANARIES, SAMPLES, Column, Manifest, Unit, view_part
+from distill.cache.layout import CANARIES, SAMPLES, Column, Manifest, Unit, checksum, view_part
 from distill.cache.store import Folder, Store
 from distill.errors import DamagedError, IdentityError, IncompleteError
 
@@ -242,11 +242,29 @@ def samples(store: Store) -> dict[str, Int[ndarray, " n"]]:
     return _tensors(store, SAMPLES)
 
 
-def canaries(store: Store) -> dict[str, ndarray]:
-    """Positions, views, pixel checksums and logits of the canaries."""
-    return _tensors(store, CANARIES)
+def canaries(store: Store, manifest: Manifest) -> dict[str, ndarray]:
+    """Positions, views, pixel checksums and logits of the canaries.
+
+    Raises:
+        DamagedError: If they are not those that were written.
+    """
+    found = _tensors(store, CANARIES)
+    index = write.read_index(store, manifest)
+    try:
+        shapes = {name: found[name].shape for name in ("positions", "views", "pixels")}
+        sound = set(shapes.values()) == {(len(found["logits"]),)}
+        sound &= found["logits"].shape[1:] == (manifest.num_classes,)
+        sound &= bool((found["positions"] >= 0).all() and (found["views"] >= 0).all())
+        sound &= bool((found["positions"] < manifest.samples).all())
+    except KeyError:
+        sound = False
+    data = store.read(CANARIES) or b""
+    if not sound or (index and index.files.get(CANARIES) != f"{checksum(data):08x}"):
+        raise DamagedError(f"{store.origin}/{CANARIES}: {_CHANGED}", hint=_REPAIR)
+    return found
 
 
+_CHANGED = "its content changed after it was written"
 _REPAIR = "`distill teacher-cache RECIPE --verify full --repair` finds and makes again what is bad"
 
 
@@ -256,7 +274,7 @@ def _tensors(store: Store, name: str, manifest: Manifest | None = None) -> dict[
         if data is None:
             raise ValueError("is missing")
         if manifest is not None and not manifest.lists(data):
-            raise ValueError("its content changed after it was written")
+            raise ValueError(_CHANGED)
         found: dict[str, ndarray] = load_tensors(data)
         return found
     except Exception as error:  # safetensors has a type of its own for every reader

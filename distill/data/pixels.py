@@ -130,7 +130,7 @@ class Views:
             first += len(here)
             wanted = np.flatnonzero(here >= 0)
             if len(wanted) < len(here):
-                batch = batch.rows(to_device({"": wanted}, self._device).device[""])
+                batch = batch.rows(to_device({"rows": wanted}, self._device).device["rows"])
             if len(wanted):
                 yield batch, here[wanted]
 

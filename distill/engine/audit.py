@@ -61,7 +61,9 @@ def audit(
         require_identity(recipe, dataset, network, manifest, place.store)
         verdict: dict[str, Any] = {"faults": [], "notes": []}
         try:
-            verdict["notes"] += check_canaries(place.store, recipe, dataset, network, here.device)
+            verdict["notes"] += check_canaries(
+                place.store, manifest, recipe, dataset, network, here.device
+            )
         except IdentityError as error:
             verdict["faults"].append({"name": "canaries", "what": str(error)})
         if network is not None:

@@ -142,7 +142,7 @@ def start(
             f"{store.origin}: has units of {found.unit_rows:,} rows, not {unit_rows:,}",
             hint="leave --unit-rows out, or give another --out",
         )
-    return found, check_canaries(store, recipe, dataset, network, device)
+    return found, check_canaries(store, found, recipe, dataset, network, device)
 
 
 def samples_file(dataset: Dataset) -> bytes:
@@ -240,7 +240,8 @@ def open_caches(
         reader = Reader(store, there, num_views=num_views)
         mixes = there.identity["data"]["mixed"] is not None
         reader.require(dataset.train_ids, exact=mixes)
-        found.warnings.extend(check_canaries(store, recipe, dataset, network, device))
+        said = check_canaries(store, there, recipe, dataset, network, device)
+        found.warnings.extend(said)
         index = write.read_index(store, there)
         live = _live(objective, there, network, device)
         if network is not None and live is None:

@@ -19,6 +19,7 @@ from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
 from distill.cache import codec, layout, read
+from distill.cache.layout import Manifest
 from distill.cache.store import Store
 from distill.data import views
 from distill.data.datasets import Dataset
@@ -75,14 +76,20 @@ def require_exact(kept: str, canaries: bytes, origin: str) -> None:
 
 
 def check_canaries(
-    store: Store, recipe: Recipe, dataset: Dataset, network: Network | None, device: torch.device
+    store: Store,
+    manifest: Manifest,
+    recipe: Recipe,
+    dataset: Dataset,
+    network: Network | None,
+    device: torch.device,
 ) -> list[str]:
     """Make the cache's canaries again, and compare; return what should be known of it.
 
     Raises:
         IdentityError: If the teacher would say something else today.
+        DamagedError: If they are not those that were written.
     """
-    kept = read.canaries(store)
+    kept = read.canaries(store, manifest)
     ids, train = read.samples(store)["train"], dataset.train_ids
     # A smaller training set can be served too, where no view mixes two samples.
     there = np.isin(ids[kept["positions"]], train)

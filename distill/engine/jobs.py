@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill import evaluate, models, storage
+from distill import evaluate, models, objectives, storage
 from distill.cache import write
 from distill.cache.layout import Manifest, Unit, view_part
 from distill.cache.read import Reader
@@ -90,16 +90,19 @@ def build_jobs(
         unit_rows: Of each file; None chooses.
 
     Raises:
+        IncompatibleError: If a term of the objective could not use what would be kept.
         PreflightError: If a teacher's run is not there.
     """
     jobs = []
     num_views = recipe.num_views
     assert num_views is not None
+    objective = objectives.build(recipe.objective)
     for i, (spec, place) in enumerate(
         zip(recipe.teachers, places(recipe.teachers, path), strict=True)
     ):
         network = placed(models.build_teacher(trained(spec, run, i), **facts(dataset)), here)
         wanted = cached.manifest(recipe, dataset, network, num_views=num_views, unit_rows=unit_rows)
+        cached.require_usable(wanted, objective, len(recipe.teachers) > 1)
         jobs.append(Job(place.name, place.store, network, wanted))
     return jobs
 

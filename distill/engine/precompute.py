@@ -75,8 +75,9 @@ def precompute(
     total = _answers_of(jobs, wanted, settings, num_views)
     with Passage(jobs[0].store.origin, total) as passage:
         made = 0
-        for rows in sorted({job.manifest.unit_rows for job in jobs}):
-            alike = [job for job in jobs if job.manifest.unit_rows == rows]
+        cuts = {(job.manifest.unit_rows, job.manifest.eval_rows) for job in jobs}
+        for cut in sorted(cuts):
+            alike = [j for j in jobs if (j.manifest.unit_rows, j.manifest.eval_rows) == cut]
             worker = _Pass(recipe, alike, dataset, here, stop, settings, passage, began)
             made += worker.run(wanted, num_views)
     teachers = [_finished(job, dataset) for job in jobs]

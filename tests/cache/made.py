@@ -31,7 +31,14 @@ IDENTITY: dict[str, Any] = {
     "views": {"augment": [{"name": "crop", "padding": 4}], "mixup": 0.1, "seed": 0},
 }
 SCORES = {"test": {"top1": 0.1, "nll": 2.302585092994046}}
-CANARIES = save({"positions": np.array([0, 3]), "pixels": np.array([1, 2], np.uint32)})
+CANARIES = save(
+    {
+        "positions": np.array([0, 3]),
+        "views": np.array([0, 1]),
+        "pixels": np.array([1, 2], np.uint32),
+        "logits": np.zeros((2, 3), np.float32),
+    }
+)
 
 
 def manifest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,7 @@ def test_ids_are_those_of_the_data(store: Store) -> None:
     with reading(store, manifest) as reader:
         assert np.array_equal(reader.ids, train)
         assert np.array_equal(reader.val_ids, val)
-    found = read.canaries(store)
+    found = read.canaries(store, manifest)
     assert found["positions"].tolist() == [0, 3]
     assert found["pixels"].tolist() == [1, 2]
 
@@ -298,11 +299,11 @@ def test_no_altered_list_of_samples_is_read(folder: Folder) -> None:
 @pytest.mark.parametrize("name", [SAMPLES, CANARIES])
 @pytest.mark.parametrize("harm", [None, b"", b"{}", made.CANARIES[:-1], b"\xff" * 99], ids=str)
 def test_lists_that_are_no_lists_are_damage(store: Store, name: str, harm: bytes | None) -> None:
-    made.complete(store, made.manifest())
+    manifest = made.complete(store, made.manifest())
     store.remove(name)
     if harm is not None:
         store.write(name, harm)
-    look = read.samples if name == SAMPLES else read.canaries
+    look = read.samples if name == SAMPLES else partial(read.canaries, manifest=manifest)
     with pytest.raises(DamagedError, match=f"^{store.origin}/{name}: ") as caught:
         look(store)
     assert caught.value.exit_status == 5

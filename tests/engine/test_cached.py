@@ -432,8 +432,11 @@ def test_a_codec_that_cuts_the_tail_is_refused_by_terms_that_read_it(
     load: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     path = f"cache.path={tmp_path / 'tc'}"
-    built = build(load(path, "cache.codec=topk:3"), tmp_path / "tc")
-    assert built.complete
+    with pytest.raises(IncompatibleError, match="keeps 3 of them"):  # before the long work
+        build(load(path, "cache.codec=topk:3"), tmp_path / "tc")
+    assert not (tmp_path / "tc").exists()
+    sharp = ["cache.codec=topk:3", "objective.1.temperature=1"]
+    assert build(load(path, *sharp), tmp_path / "tc").complete
     with pytest.raises(IncompatibleError, match="keeps 3 of them: above temperature 1") as caught:
         prepare(load(path), tmp_path / "student", machine.setup(workers=0))
     assert "int8" in caught.value.hint
@@ -680,7 +683,14 @@ def test_lost_canaries_are_made_again(load: Callable[..., Recipe], tmp_path: Pat
     recipe = load(f"cache.path={tmp_path / 'tc'}")
     build(recipe, tmp_path / "tc")
     before = listing(tmp_path / "tc")
-    (tmp_path / "tc" / "canaries.safetensors").unlink()
+    file = tmp_path / "tc" / "canaries.safetensors"
+    for at in (3, 100, len(file.read_bytes()) // 2, -1):  # a byte of the header, of a position, ...
+        content = bytearray(before[file.name])
+        content[at] ^= 64
+        file.write_bytes(content)
+        with pytest.raises(DamagedError, match="canaries"):
+            prepare(recipe, tmp_path / "student", machine.setup(workers=0))
+    file.unlink()
     (tmp_path / "tc" / "index.json").unlink()
     build(recipe, tmp_path / "tc")
     assert listing(tmp_path / "tc") == before
