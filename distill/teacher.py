@@ -56,14 +56,8 @@ class Cached:
 
     def __call__(self, batch: Batch) -> Outputs:
         """The answers that were kept of the batch's samples in their views."""
-        assert batch.cached is not None, "the loader has no cache"
         with torch.no_grad():
-            columns = {
-                name.removeprefix(self.prefix): column
-                for name, column in batch.cached.items()
-                if name.startswith(self.prefix)
-            }
-            outputs = unpack(self.codec, columns, self.num_classes)
+            outputs = unpack(self.codec, own_columns(batch, self.prefix), self.num_classes)
         if self.live is None:
             return outputs
         more = self.live(batch).features or {}
@@ -97,6 +91,16 @@ class Ensemble:
             return Outputs(torch.stack(weighted).sum(dim=0))
         weighted = [log + math.log(share) for log, share in zip(logs, self.shares, strict=True)]
         return Outputs(torch.stack(weighted).logsumexp(dim=0))
+
+
+def own_columns(batch: Batch, prefix: str) -> dict[str, Tensor]:
+    """One teacher's columns among those that came with a batch from caches."""
+    assert batch.cached is not None, "the loader has no cache"
+    return {
+        name.removeprefix(prefix): column
+        for name, column in batch.cached.items()
+        if name.startswith(prefix)
+    }
 
 
 def pack(kept: str, outputs: Outputs) -> dict[str, Tensor]:

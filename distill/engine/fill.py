@@ -27,7 +27,7 @@ from distill.engine.machine import Machine, StopRequest
 from distill.engine.precompute import bits, precompute
 from distill.models.network import Network
 from distill.recipe import Recipe
-from distill.teacher import Live, pack, unpack
+from distill.teacher import Live, own_columns, pack, unpack
 from distill.types import Batch, Outputs
 
 
@@ -69,6 +69,7 @@ class Filler:
         self._caches = cached.Caches([member.reader for member in self.members])
         self.row_bytes = self._caches.row_bytes
         self._whole: set[int] = set()  # views that are read
+        self._finished = False
 
     def rows(self, ids: Int[ndarray, " n"], view: int) -> dict[str, ndarray] | None:
         """The columns of these samples in a view; None where a teacher has not answered it all."""
@@ -82,15 +83,16 @@ class Filler:
         An epoch leaves out what fills no batch, and a run that was cut has forgotten the answers
         before the cut.
         """
-        if view in self._whole:
-            return
-        for member in self.members:
-            member.ask_missing(view, views, self._here)
-            member.write(view, self._here)
-        self._here.accelerator.wait_for_everyone()
-        self._whole.add(view)
-        if len(self._whole) == self._num_views and self._here.main:
-            self._finish_all()
+        if view not in self._whole:
+            for member in self.members:
+                member.ask_missing(view, views, self._here)
+                member.write(view, self._here)
+            self._here.accelerator.wait_for_everyone()
+            self._whole.add(view)
+        if len(self._whole) == self._num_views and not self._finished:
+            self._finished = True
+            if self._here.main:
+                self._finish_all()
 
     def close(self) -> None:
         """Let go of files and threads."""
@@ -135,14 +137,7 @@ class _Member:
     def __call__(self, batch: Batch) -> Outputs:
         """What the teacher says of the batch, from the cache where the view is in it."""
         with torch.no_grad():
-            if batch.cached is not None:
-                columns = {
-                    name.removeprefix(self.prefix): column
-                    for name, column in batch.cached.items()
-                    if name.startswith(self.prefix)
-                }
-            else:
-                columns = self._ask(batch)
+            columns = own_columns(batch, self.prefix) if batch.cached else self._ask(batch)
             return unpack(self.job.manifest.codec, columns, self.job.manifest.num_classes)
 
     def ask_missing(self, view: int, views: Views, here: Machine) -> None:

@@ -107,15 +107,21 @@ class Monitor:
             storage.write(self.path, state["rows"].encode())
 
 
-class Display:
-    """A progress bar on a terminal; elsewhere one plain line every ten seconds."""
+class _Bar:
+    """A bar on a terminal, for as long as the work goes on."""
 
-    def __init__(self, name: str, done: int, total: int, batch_size: int, epoch: int) -> None:
-        self.name, self.total, self.batch_size, self.epoch = name, total, batch_size, epoch
-        self.began_at, self.began, self.shown = done, time.monotonic(), time.monotonic()
-        self.text = ""
-        self.bar = _bar()
-        self.task = self.bar.add_task(name, total=total, completed=done, text="")
+    def __init__(self) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=console.err,
+            disable=not console.err.is_terminal or console.err.quiet,
+            transient=True,
+            refresh_per_second=5,
+        )
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -128,6 +134,17 @@ class Display:
         at: TracebackType | None,
     ) -> None:
         self.bar.stop()
+
+
+class Display(_Bar):
+    """A progress bar on a terminal; elsewhere one plain line every ten seconds."""
+
+    def __init__(self, name: str, done: int, total: int, batch_size: int, epoch: int) -> None:
+        super().__init__()
+        self.name, self.total, self.batch_size, self.epoch = name, total, batch_size, epoch
+        self.began_at, self.began, self.shown = done, time.monotonic(), time.monotonic()
+        self.text = ""
+        self.task = self.bar.add_task(name, total=total, completed=done, text="")
 
     def losses(self, means: Mapping[str, float]) -> None:
         """Show these means until the next ones."""
@@ -151,7 +168,7 @@ class Display:
             console.say(f"{self.name}: {where}  {text}  {left:.0f} s left")
 
 
-class Passage:
+class Passage(_Bar):
     """How far a pass over data is: a bar on a terminal, elsewhere a plain line every ten seconds.
 
     Attributes:
@@ -159,23 +176,11 @@ class Passage:
     """
 
     def __init__(self, name: str, total: int) -> None:
+        super().__init__()
         self.name, self.total, self.done = name, total, 0
         self.began = self.shown = time.monotonic()
         self.waited = 0.0  # seconds without pixels
-        self.bar = _bar()
         self.task = self.bar.add_task(name, total=total, text="")
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.bar.stop()
 
     @property
     def data_wait(self) -> float:
@@ -207,17 +212,3 @@ class Passage:
         else:
             left = (self.total - self.done) / max(rate, 1e-9)
             console.say(f"{self.name}: {self.done:,} of {self.total:,}  {text}  {left:.0f} s left")
-
-
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(compact=True),
-        console=console.err,
-        disable=not console.err.is_terminal or console.err.quiet,
-        transient=True,
-        refresh_per_second=5,
-    )
