@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -45,6 +47,24 @@ def compare(variants: Mapping[str, Work], *, rounds: int) -> list[Row]:
     return rows
 
 
+def repeated(call: Callable[[], object], units: int, seconds: float = 0.5) -> Work:
+    """`call` over and over for about so many seconds of CPU time."""
+
+    def work() -> int:
+        done, end = 0, time.process_time() + seconds
+        while time.process_time() < end:
+            call()
+            done += units
+        return done
+
+    return work
+
+
+def verdict(what: str, value: float, good: bool) -> None:
+    """Say whether a goal was reached."""
+    print(f"  {what}: {value:,.3g} {'reached' if good else 'MISSED'}")
+
+
 def report(title: str, rows: list[Row], *, unit: str) -> None:
     """Print the rows as a table."""
     print(f"\n{title}")
@@ -55,6 +75,17 @@ def report(title: str, rows: list[Row], *, unit: str) -> None:
         )
 
 
+def keep_memory() -> None:
+    """Let glibc keep what is freed, so that all variants find their memory in the same state.
+
+    Else it gives large blocks back to the system, and whether a variant pays for new ones, which
+    can be more than its work, depends on what ran before it.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    ended = os.times()  # in hundredths of a second, which is too coarse for this process itself
+    return time.process_time() + ended.children_user + ended.children_system
