@@ -46,7 +46,11 @@ CE, KD = "{term: ce}", "{term: kd, temperature: 4}"
 
 
 def building(rounds: int, root: Path | None) -> None:
-    """The whole pass of a ResNet-56 beside the same network on the same images in memory."""
+    """The whole pass of a ResNet-56 beside the same network on the same images in memory.
+
+    What a pass costs once, such as its canaries, shows in one view of few images; eight views are
+    still few, and the goal holds for them.
+    """
     for title, augmentations, mixup in (
         ("crop + flip", "[crop, flip]", 0.0),
         ("crop + flip + RandAugment, mixup", "[crop, flip, randaugment]", 0.2),
@@ -56,64 +60,38 @@ def building(rounds: int, root: Path | None) -> None:
             _write_pictures(place, root, train=1_280, test=256)
             keys = {"augment": augmentations, "mixup": mixup}
             keys |= {"teachers": _teacher(place), "objective": f"[{KD}]", "path": "unused"}
-            one, three = (_recipe(place, **keys, views=views) for views in (1, 3))
-            _building(f"building: ResNet-56, {title}", place, one, three, rounds)
+            one, eight = (_recipe(place, **keys, views=views) for views in (1, 8))
+            _building(f"building: ResNet-56, {title}", place, one, eight, rounds)
 
 
-def _building(title: str, place: Path, one: Recipe, three: Recipe, rounds: int) -> None:
+def _building(title: str, place: Path, one: Recipe, eight: Recipe, rounds: int) -> None:
     here = machine.setup(workers=0)
     console.err.quiet = True
     dataset = datasets.load(one.data)
     numbers = itertools.count()
 
-    def passed(recipe: Recipe) -> Work:
-        def work() -> int:
-            jobs = build_jobs(recipe, str(place / f"{next(numbers)}"), place, dataset, here)
-            with machine.stop_request() as stop:
-                return precompute(recipe, jobs, dataset, here, stop, Settings()).images
-
-        return work
+    def passed(recipe: Recipe) -> int:
+        jobs = build_jobs(recipe, str(place / f"{next(numbers)}"), place, dataset, here)
+        with machine.stop_request() as stop:
+            return precompute(recipe, jobs, dataset, here, stop, Settings()).images
 
     network = build_jobs(one, str(place / "none"), place, dataset, here)[0].network
     images = _seen(one, dataset)
 
     def bare() -> int:
         with torch.no_grad():
-            for batch in images:
+            for batch in 3 * images:
                 network(batch)
-        return sum(map(len, images))
+        return 3 * sum(map(len, images))
 
-    costs: list[list[tuple[int, float, float]]] = []
-    variants = [bare, passed(one), passed(three)]
-    for number in range(-1, rounds):
-        turn = [(0, 0.0, 0.0)] * len(variants)
-        for i in sorted(range(len(variants)), reverse=bool(number % 2)):
-            cpu, wall = time.process_time(), time.perf_counter()
-            units = variants[i]()
-            turn[i] = units, time.process_time() - cpu, time.perf_counter() - wall
-        if number >= 0:  # the first is a warm-up
-            costs.append(turn)
-    print(f"\n{title}; images/s of the pass over those of forward passes alone")
-    print(f"{'':36} {'of CPU time':>12}  min .. max    {'of wall time':>12}")
-    shares: dict[str, list[tuple[float, float]]] = {}
-    for alone, single, triple in costs:
-        more = tuple(many - few for many, few in zip(triple, single, strict=True))
-        for name, cost in (("1 view", single), ("3 views", triple), ("each view more", more)):
-            each = [
-                (cost[0] / clock) / (alone[0] / plain)
-                for clock, plain in zip(cost[1:], alone[1:], strict=True)
-            ]
-            shares.setdefault(f"{name}, {cost[0]:,.0f} images", []).append((each[0], each[1]))
-    for name, found in shares.items():
-        cpu, wall = (sorted(column) for column in zip(*found, strict=True))
-        print(
-            f"{name:36} {statistics.median(cpu):12.3f}  {cpu[0]:.2f} .. {cpu[-1]:.2f}  "
-            f"{statistics.median(wall):12.3f}"
-        )
-    rates = sorted(cost[0][0] / cost[0][1] for cost in costs)
-    print(f"  forward passes alone: {statistics.median(rates):,.0f} images/CPU-s")
-    last = statistics.median(cpu for cpu, _ in list(shares.values())[-1])
-    verdict("share of a view, goal 0.9", last, last >= 0.9)
+    variants = {
+        "forward passes alone": bare,
+        "a pass over 1 view": lambda: passed(one),
+        "a pass over 8 views": lambda: passed(eight),
+    }
+    found = compare(variants, rounds=rounds)
+    report(f"{title}, {len(dataset.train_ids):,} images", found, unit="images")
+    verdict("8 views over forward passes, goal 0.9", found[2].ratio, found[2].ratio >= 0.9)
 
 
 def _seen(recipe: Recipe, dataset: datasets.Dataset) -> list[Tensor]:

@@ -2,9 +2,9 @@
 
     python benchmarks/cache.py [reading] [views] [building] [step] [teacher1000] [--data ROOT]
 
-All of them but the last by default. `--data` is a folder with CIFAR-10 in its binary format, whose
-pictures are then used; random pixels are as good for all but the teacher's scores. `teacher1000`
-runs the command itself over JPEGs with a real teacher of 1,000 classes: see efficientnet.py.
+All of them but the last by default, in about ten minutes. `--data` is a folder with CIFAR-10 in its
+binary format, whose pictures are then used; random pixels take as long. `teacher1000` runs the
+command itself over JPEGs with a real teacher of 1,000 classes: see efficientnet.py.
 
 One thread. Rates are per second of CPU time, which writing and checking threads count into, so
 that other work on the machine counts little; what is compared takes turns in one run. A row's
@@ -199,7 +199,7 @@ def main() -> None:
     parts = ["reading", "views", "building", "step", "teacher1000"]
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
     parser.add_argument("--data", type=Path, default=None, help="a folder with CIFAR-10's")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if unknown := set(options.parts) - set(parts):
         parser.error(f"{', '.join(sorted(unknown))}: parts are {', '.join(parts)}")

@@ -22,6 +22,7 @@ from pathlib import Path
 import efficientnet
 import numpy as np
 import torch
+from _timing import keep_memory
 from torch import Tensor
 
 from distill.cache import codec as codecs
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--student", choices=sorted(efficientnet.SIZES), default="lite1")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_memory()
     names = (options.teacher, options.student)
     teacher, student = answers(options.augment, options.views, names)
     print(

@@ -133,7 +133,8 @@ def start(
     """
     wanted = manifest(recipe, dataset, network, num_views=num_views, unit_rows=unit_rows)
     canaries = store.read(layout.CANARIES)
-    if write.read_manifest(store) is None or canaries is None:
+    made = write.read_manifest(store) is None or canaries is None
+    if made or canaries is None:
         canaries = canaries_file(recipe, dataset, network, num_views=num_views, device=device)
         require_exact(wanted.codec, canaries, store.origin)
     found = write.begin(store, wanted, samples=samples_file(dataset), canaries=canaries)
@@ -142,6 +143,8 @@ def start(
             f"{store.origin}: has units of {found.unit_rows:,} rows, not {unit_rows:,}",
             hint="leave --unit-rows out, or give another --out",
         )
+    if made and store.read(layout.CANARIES) == canaries:  # none of another writer's
+        return found, []
     return found, check_canaries(store, found, recipe, dataset, network, device)
 
 
