@@ -134,6 +134,7 @@ def teacher_cache(
     Example: distill teacher-cache recipe.yaml --views 8 --out runs/cache
     """
     with reporting():
+        from distill.errors import RecipeError
         from distill.recipe import Recipe
 
         checked = Recipe.load(recipe, overrides or [])  # every fault, before torch is loaded
@@ -144,6 +145,8 @@ def teacher_cache(
         run = run or Path("runs") / recipe.stem
         if show_status:
             raise Exit(status(asked, place, as_json=as_json))
+        if not asked.teachers and verify in (None, Level.teacher):
+            raise RecipeError("teachers: empty, and there is nobody to ask")
         if verify is not None:
             raise Exit(
                 verdict(asked, place, run, verify, sample=sample, repair=repair, as_json=as_json)
@@ -181,8 +184,6 @@ def _with_cache(recipe: Recipe, place: str, views: int | None, codec: str | None
     from distill.errors import RecipeError
     from distill.recipe import Cache
 
-    if not recipe.teachers:
-        raise RecipeError("teachers: empty, and there is nobody to ask")
     cache: dict[str, Any] = {"views": recipe.default_views}
     if recipe.cache is not None:
         cache |= recipe.cache.model_dump()

@@ -35,7 +35,7 @@ def audit(
     """Make some views of each teacher's cache again, and compare.
 
     Args:
-        recipe: Has a `cache` section and teachers.
+        recipe: Has a `cache` section, and teachers if they are asked.
         path: Where the caches lie.
         run: The run directory beside which teachers that are recipes have theirs.
         teacher: Whether the teachers are asked again; else pixels alone are compared.
@@ -50,14 +50,13 @@ def audit(
     here = machine.setup()
     dataset = datasets.load(recipe.data)
     found = []
-    for i, (spec, place) in enumerate(
-        zip(recipe.teachers, places(recipe.teachers, path), strict=True)
-    ):
+    for i, place in enumerate(places(recipe.teachers, path)):
         manifest = write.read_manifest(place.store)
         assert manifest is not None, "the caller has read it"
         network = None
         if teacher:
-            network = placed(models.build_teacher(trained(spec, run, i), **facts(dataset)), here)
+            spec = trained(recipe.teachers[i], run, i)
+            network = placed(models.build_teacher(spec, **facts(dataset)), here)
         require_identity(recipe, dataset, network, manifest, place.store)
         verdict: dict[str, Any] = {"faults": [], "notes": []}
         try:

@@ -244,6 +244,18 @@ def test_status_needs_no_torch(there: Path) -> None:
     assert "complete" in done.stdout
 
 
+def test_who_has_the_cache_alone_can_look_at_it(there: Path) -> None:
+    assert cache(there)[0] == 0
+    shutil.rmtree(there / "runs")
+    alone = ("--set", "teachers=[]")
+    assert cache(there, "--status", *alone)[0] == 0
+    for level in ("quick", "full", "replay"):
+        status, found = cache(there, "--verify", level, *alone)
+        assert (status, found["verdict"]) == (0, "sound")
+    status, said = cache(there, "--verify", "teacher", *alone)
+    assert (status, "nobody to ask" in said) == (2, True)
+
+
 def test_a_teacher_that_must_be_better_is_refused(there: Path) -> None:
     status, said = cache(there, "--min-teacher-top1", "0.999")
     assert status == 6
