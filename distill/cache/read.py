@@ -57,8 +57,7 @@ class Reader:
         self.store, self.manifest, self.num_views = store, manifest, num_views
         self._partial = partial
         self.row_bytes = manifest.row_bytes
-        tensors = _tensors(store, SAMPLES, manifest)
-        self.ids, self.val_ids = tensors["train"], tensors["val"]
+        self.ids = _tensors(store, SAMPLES, manifest)["train"]
         self._row = np.full(int(self.ids[-1]) + 2, -1, np.int32)
         self._row[self.ids] = np.arange(len(self.ids), dtype=np.int32)
         self._scratch = scratch or _default_scratch() / manifest.id[:16]

@@ -104,11 +104,9 @@ def require_identity(found: Manifest, identity: Mapping[str, object], origin: st
     )
 
 
-def missing(
-    store: Store, manifest: Manifest, views: int | None = None, sizes: dict[str, int] | None = None
-) -> list[Unit]:
+def missing(store: Store, manifest: Manifest, views: int | None = None) -> list[Unit]:
     """The units that are not there whole, as far as names and sizes tell."""
-    there = store.sizes() if sizes is None else sizes
+    there = store.sizes()
     return [
         unit for unit in manifest.units(views) if there.get(unit.name) != manifest.size_of(unit)
     ]

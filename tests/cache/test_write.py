@@ -161,8 +161,10 @@ def test_only_whole_units_are_there(store: Store) -> None:
     assert write.missing(store, there, 1) == [
         unit for unit in units[::2] if "v0001" not in unit.part
     ]
-    assert write.missing(store, there, 0, sizes={}) == there.units(0)
-    assert write.missing(store, there, sizes={}) == units
+    for unit in units:
+        store.remove(unit.name)
+    assert write.missing(store, there, 0) == there.units(0)
+    assert write.missing(store, there) == units
 
 
 def test_units_hold_what_they_were_given(store: Store) -> None:

@@ -239,6 +239,9 @@ def test_another_temperature_or_student_reads_the_same_cache(
 ) -> None:
     path = f"cache.path={tmp_path / 'tc'}"
     build(load(path), tmp_path / "tc")
+    before = listing(tmp_path / "tc")
+    known = write.read_manifest(Folder(tmp_path / "tc"))
+    assert known is not None
     for change in (
         "objective.1.temperature=1",
         "objective.1.temperature=12",
@@ -251,7 +254,12 @@ def test_another_temperature_or_student_reads_the_same_cache(
         "data.augment=[crop, flip, color_jitter, randaugment]",
     ):
         session = prepare(load(path, change), tmp_path / "student", machine.setup(workers=0))
+        assert session.identity["cache"] == [known.id]
+        batch = next(session.loader.epoch(0))
+        assert batch.cached is not None
+        assert {tutor.network for tutor in session.tutors} == {None}  # nobody is asked live
         session.close()
+    assert listing(tmp_path / "tc") == before
 
 
 CHANGES = {
