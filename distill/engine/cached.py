@@ -291,7 +291,7 @@ def require_usable(found: Manifest, objective: Objective, several: bool) -> None
                 "them: above temperature 1 the others are most of the signal",
                 hint="--set cache.codec=int8, or temperature 1",
             )
-        if several and term.features:
+        if several and term.reads.teacher:
             raise IncompatibleError(
                 f"objective: {name} reads features, and an ensemble has none of its own",
                 hint="give one teacher",
@@ -303,7 +303,7 @@ def _live(
 ) -> Teacher | None:
     """The network itself, where a term reads features that the cache does not hold."""
     kept = found.identity["features"]
-    missing = sorted({name for _, t in objective.taught() for name in t.features} - set(kept))
+    missing = sorted({name for _, t in objective.taught() for name in t.reads.teacher} - set(kept))
     if not missing:
         return None
     if network is None:

@@ -212,7 +212,9 @@ def _step(
     """Memory of a device that gets `images` of each batch, and bytes of a checkpoint."""
     distiller = Distiller(student, objectives.build(recipe.objective))
     optimizer = optim.build(distiller, recipe.optimizer)
-    needed = sorted({name for _, term in distiller.objective.taught() for name in term.features})
+    needed = sorted(
+        {name for _, term in distiller.objective.taught() for name in term.reads.teacher}
+    )
     for network in (student, *teachers):
         network.tap(needed)
     members: list[Teacher] = [Live(network) for network in teachers]

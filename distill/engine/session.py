@@ -86,7 +86,7 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         "student": fingerprint(student) if recipe.student.weights else None,
     }
     objective = objectives.build(recipe.objective)
-    needed = sorted({name for _, term in objective.taught() for name in term.features})
+    needed = sorted({name for _, term in objective.taught() for name in term.reads.teacher})
     student.tap(needed)
     opened = filler = None
     if recipe.cache is not None and recipe.cache.path is not None and not recipe.cache.fill:

@@ -61,7 +61,7 @@ class Objective(nn.Module):
                     for name, term in self.terms.items()
                     if isinstance(term, Term)
                     and term.needs_teacher is needs_teacher
-                    and not term.features
+                    and not (term.reads.student or term.reads.teacher)
                     and weights[name] != 0
                 ]
                 if not pulls:

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from distill.types import Batch, Outputs
+from distill.types import Batch, Outputs, Pair
+
+
+class Reads(NamedTuple):
+    """The taps that a term reads, besides logits: `pooled`, or a name out of an `Anatomy`."""
+
+    student: tuple[str, ...] = ()
+    teacher: tuple[str, ...] = ()
 
 
 class Term(nn.Module, ABC):
     """One loss of the objective. A subclass's keyword-only arguments are its keys in the recipe."""
 
-    needs_teacher: ClassVar[bool] = True  # False for a term that reads labels alone
+    needs_teacher: ClassVar[bool] = True  # False for a term that reads no teacher
     needs_labels: ClassVar[bool] = False
-    features: tuple[str, ...] = ()  # of student and teacher that it reads, by name
+    needs_batch: ClassVar[bool] = False  # True where it compares the images of a batch
+    directions: ClassVar[str] = "any"  # or which pairs it works for, such as "vit to cnn"
+    reads: Reads = Reads()
 
     @property
     def needs_tail(self) -> bool:
         """Whether it reads how the teacher ranks the classes that it thinks least of."""
         return True
+
+    def connect(self, pair: Pair) -> None:  # most terms read logits alone
+        """Choose what to read of the two networks, and build what is learned between them.
+
+        Raises:
+            IncompatibleError: If the two have nothing that the term could compare.
+        """
+
+    def set_progress(self, progress: float) -> None:  # most terms are constant
+        """Follow the run: the finished fraction of it, in [0, 1]."""
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:

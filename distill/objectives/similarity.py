@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.objectives._term import Term
+from distill.objectives._gather import whole
+from distill.objectives._term import Reads, Term
 from distill.types import Batch, Outputs
 
 
@@ -28,20 +29,21 @@ def similarity_loss(
         teacher: Features of the teacher for the same images. They get no gradient.
 
     Returns:
-        One value a sample. It depends on the batch: on the images of this device.
+        One value a sample. It depends on the whole batch, gathered over all processes.
     """
     with torch.autocast(student.device.type, enabled=False):  # it would multiply in half precision
         own, other = (
-            F.normalize(features @ features.T, dim=-1)
+            F.normalize(features @ whole(features).T, dim=-1)
             for features in (student.float().flatten(1), teacher.detach().float().flatten(1))
         )
-    return (own - other).square().sum(dim=-1) / len(own)
+    return (own - other).square().mean(dim=-1)
 
 
 class Similarity(Term):
     """Match which images the teacher finds alike; a usual weight is 3000."""
 
-    features = ("pooled",)
+    needs_batch = True
+    reads = Reads(("pooled",), ("pooled",))
 
     @property
     def needs_tail(self) -> bool:
@@ -50,6 +52,4 @@ class Similarity(Term):
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None
-        assert student.features is not None
-        assert teacher.features is not None
-        return similarity_loss(student.features["pooled"], teacher.features["pooled"])
+        return similarity_loss(student.read("pooled"), teacher.read("pooled"))
