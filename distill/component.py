@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -30,6 +30,10 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Count = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+
+# Shared by the terms that compare features.
+Stages = Literal["last2", "all", "lg", "penultimate"]
+Projector = Literal["linear", "mlp", "conv", "attention", "orthogonal"]
 
 Location = tuple[str | int, ...]  # keys and list positions from the top of the data
 

@@ -93,7 +93,8 @@ class Anatomy(NamedTuple):
     """What a network computes on its way from an image to its logits, as shapes."""
 
     model: str  # as a recipe names it
-    width: int  # of `pooled`, the vector that its classifier reads
+    width: int  # of `pooled`, the vector that its classifier reads; 0: it has no classifier
+    token: bool  # whether it has a distillation token with a head of its own
     sites: dict[str, Site]  # every module that gives a grid, in the order they are computed
     stages: tuple[Site, ...]  # the last of each stride; where there is one stride, the last alone
     blocks: tuple[Site, ...]  # equal ones in a row at one stride, such as a ViT's; else empty

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from distill.component import Count
 from distill.errors import IncompatibleError
 from distill.models import taps
-from distill.types import Outputs
+from distill.models.anatomy import Examined, examine
+from distill.models.grids import Size
+from distill.types import Anatomy, Outputs
 
 Channels = tuple[float, float, float]  # one value each for red, green and blue
 
@@ -83,7 +85,8 @@ class Network(nn.Module):
         self.input_size = description.input_size
         self.reinitialised = tuple(reinitialised)
         self._tapped: tuple[str, ...] = ()
-        self._seen: dict[str, Tensor] = {}  # by the backbone's hooks, in the pass in work
+        self._seen: dict[str, Any] = {}  # by the backbone's hooks, in the pass in work
+        self._examined: Examined | None = None
         self.classes = description.classes
         if selection is not None and self.classes is not None:
             self.classes = tuple(self.classes[i] for i in selection)
@@ -100,29 +103,59 @@ class Network(nn.Module):
         if self.input_size is not None and images.shape[-1] != self.input_size:
             size = (self.input_size, self.input_size)
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        self._seen["image"] = images.shape[-2:]
         logits = self.backbone((images - self.mean) / self.std)
+        if taps.TOKEN in self._tapped and isinstance(logits, tuple):  # the class token's is first
+            logits = logits[0]
         if self.selection is not None:
             logits = logits.index_select(1, self.selection)
         if not self._tapped:
             return Outputs(logits)
-        features = {name: self._seen[name] for name in self._tapped}
-        self._seen.clear()
+        features = {name: self._seen.pop(name) for name in self._tapped}
         return Outputs(logits, features)
 
     def tap(self, names: Sequence[str]) -> None:
         """Give these features with every answer from now on.
 
         Args:
-            names: `pooled`, what the classifier reads, (B, D); or a module of the backbone, for
-                what it returns. Those that are given already stay.
+            names: Taps, as `distill.models.taps` describes them. Those that are given already stay.
 
         Raises:
-            IncompatibleError: If there is no such feature; the known ones are named.
+            IncompatibleError: If there is no such tap; the known ones are named.
         """
         for name in names:
             if name not in self._tapped:
-                taps.attach(self.backbone, name, self._seen, self.description.num_classes)
+                classes = self.description.num_classes
+                taps.attach(self.backbone, name, self._seen, classes, self._examine())
                 self._tapped = (*self._tapped, name)
+
+    def anatomy(self, image: Size | None = None) -> Anatomy:
+        """What there is to tap.
+
+        Args:
+            image: Rows and columns of the images in pixels; left out: as the network was built for.
+        """
+        found = self._examine(image)
+        try:
+            layer = taps.classifier(self.backbone, self.description.num_classes)
+            width = int(layer.weight.shape[1])
+        except IncompatibleError:
+            width = 0
+        return Anatomy(
+            model=self.model,
+            width=width,
+            token=taps.has_token(self.backbone),
+            sites=found.sites,
+            stages=found.stages,
+            blocks=found.blocks,
+            attention=found.attention,
+        )
+
+    def _examine(self, image: Size | None = None) -> Examined:
+        if self._examined is None or (image and image != self._examined.image):
+            side = self.input_size or self.description.image_size
+            self._examined = examine(on_meta(self).backbone, image or (side, side))
+        return self._examined
 
     @property
     def model(self) -> str:
