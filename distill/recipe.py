@@ -160,11 +160,9 @@ class Recipe(Section):
                 hint="leave --baseline out, or train on labelled images",
             )
         labels = [
-            spec.model_copy(update={"weight": 1.0})
-            for spec in self.objective
-            if not _constant(spec.term, "needs_teacher", True)
+            spec.model_copy(update={"weight": 1.0}) for spec in self.objective if spec.term == "ce"
         ]
-        alone = labels[:1] or [TermSpec(term="ce", name=None)]
+        alone = labels[:1] or [TermSpec(term="ce", name=None, teacher=None)]
         nobody: dict[str, Any] = {"path": None, "fill": False, "features": []}
         cache = self.cache and self.cache.model_copy(update=nobody)  # the same views all the same
         return self.model_copy(update={"teachers": [], "objective": alone, "cache": cache})
@@ -234,6 +232,10 @@ def _spell_out(data: Any) -> None:
     if cache is not None:
         cache.setdefault("views", min(train["epochs"], MOST_VIEWS))
         cache.setdefault("precision", train.get("precision", "fp32"))
+    names = [spec.get("name") for spec in data.get("teachers", [])]
+    for spec in data["objective"]:
+        if spec.get("teacher") in [name for name in names if name]:
+            spec["teacher"] = names.index(spec["teacher"])
     for _, recipe in _nested(data):
         _spell_out(recipe)
 
@@ -286,6 +288,17 @@ def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, st
         seen.add(spec.key)
         if ":" in spec.term:
             continue
+        if isinstance(spec.teacher, str):
+            names = [teacher.name for teacher in recipe.teachers if teacher.name]
+            yield (
+                (*at, "objective", i, "teacher"),
+                f"no teacher is named {spec.teacher!r}" + component.suggestion(spec.teacher, names),
+            )
+        elif spec.teacher is not None and spec.teacher >= max(len(recipe.teachers), 1):
+            yield (
+                (*at, "objective", i, "teacher"),
+                f"there are {len(recipe.teachers)} teachers, counted from 0",
+            )
         if not taught and _constant(spec.term, "needs_teacher", True):
             yield (
                 (*at, "objective", i, "term"),

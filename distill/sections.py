@@ -120,6 +120,9 @@ class TermSpec(Component):
 
     term: str
     name: str | None = Field(None, description="needed where one loss stands twice")
+    teacher: Annotated[int, Ge(0)] | str | None = Field(
+        None, description="the one of several that is heard, by number or name; left out: all"
+    )
     weight: Schedule = 1.0
 
     @property

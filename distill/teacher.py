@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -84,13 +83,14 @@ class Ensemble:
         self.shares = [weight / sum(weights) for weight in weights]
 
     def __call__(self, batch: Batch) -> Outputs:
-        """The weighted mean of the members, as logits."""
-        logs = [member(batch).logits.float().log_softmax(dim=-1) for member in self.members]
+        """The weighted mean of the members, as logits, and what each of them says."""
+        answers = tuple(member(batch) for member in self.members)
+        logs = [answer.logits.float().log_softmax(dim=-1) for answer in answers]
         if self.mean == "logit":
             weighted = [log * share for log, share in zip(logs, self.shares, strict=True)]
-            return Outputs(torch.stack(weighted).sum(dim=0))
-        weighted = [log + math.log(share) for log, share in zip(logs, self.shares, strict=True)]
-        return Outputs(torch.stack(weighted).logsumexp(dim=0))
+            return Outputs(torch.stack(weighted).sum(dim=0), members=answers)
+        mixed = Outputs(answers[0].logits, members=answers, shares=tuple(self.shares))
+        return mixed._replace(logits=mixed.softened(1.0))
 
 
 def own_columns(batch: Batch, prefix: str) -> dict[str, Tensor]:

@@ -107,4 +107,4 @@ class Pair(NamedTuple):
     student: Anatomy
     teacher: Anatomy | None
     num_classes: int
-    num_samples: int  # that are trained on
+    samples: Int[Tensor, " n"]  # ids of those that are trained on, ascending

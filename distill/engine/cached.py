@@ -25,6 +25,7 @@ from distill.models.network import Network, on_meta
 from distill.objectives import Objective
 from distill.recipe import Recipe
 from distill.teacher import FEATURE, Cached, Live, Teacher
+from distill.types import Anatomy, Site
 
 FEATURE_BYTES = 16_384  # a row, up to which features are kept for any number of images
 FEATURES_BYTES = 20_000_000_000  # in all, up to which larger ones are
@@ -239,14 +240,14 @@ def open_caches(
             )
         require_identity(recipe, dataset, network, there, store)
         read.require_complete(store, there, num_views)
-        require_usable(there, objective, len(networks) > 1)
+        require_usable(there, objective)
         reader = Reader(store, there, num_views=num_views)
         mixes = there.identity["data"]["mixed"] is not None
         reader.require(dataset.train_ids, exact=mixes)
         said = check_canaries(store, there, recipe, dataset, network, device)
         found.warnings.extend(said)
         index = write.read_index(store, there)
-        live = _live(objective, there, network, device)
+        live = _live(objective.teacher_taps(i), there, network, device)
         if network is not None and live is None:
             network.to("meta")  # it has said all that it is asked: its memory is the student's
         member = Cached(there.codec, there.num_classes, prefix=prefix(i), live=live)
@@ -256,6 +257,38 @@ def open_caches(
         found.tutors.append(Tutor(**there.about, network=network if live else None, scores=scores))
         found.ids.append(there.id)
     return found._replace(caches=Caches(readers))
+
+
+def anatomies(recipe: Recipe, networks: Sequence[Network]) -> list[Anatomy]:
+    """What there is to read inside of the recipe's teachers; or inside of its caches.
+
+    A cache that stands for its teacher knows the shapes of the features that it keeps; finer grids
+    are taken to come before coarser ones.
+    """
+    if networks or recipe.cache is None or recipe.cache.path is None:
+        return [network.anatomy() for network in networks]
+    found = []
+    for _, store in places(recipe.teachers, recipe.cache.path):
+        manifest = write.read_manifest(store)
+        kept = {} if manifest is None else manifest.identity["features"]
+        width = kept.get("pooled", [0])[0]
+        size = 0 if manifest is None else manifest.identity["pixels"]["image_size"]
+        grids = {name: shape for name, shape in kept.items() if len(shape) == 3 and "@" not in name}
+        ordered = sorted(grids, key=lambda name: -grids[name][1])
+        sites = {
+            name: Site(
+                name,
+                channels=grids[name][0],
+                grid=(grids[name][1], grids[name][2]),
+                stride=size / grids[name][1],
+                depth=(i + 1) / len(ordered),
+                prefix=0,
+            )
+            for i, name in enumerate(ordered)
+        }
+        model = store.origin if manifest is None else str(manifest.about["model"])
+        found.append(Anatomy(model, width, False, sites, tuple(sites.values()), (), ()))
+    return found
 
 
 def require_identity(
@@ -276,7 +309,7 @@ def require_identity(
     write.require_identity(found, wanted, store.origin)
 
 
-def require_usable(found: Manifest, objective: Objective, several: bool) -> None:
+def require_usable(found: Manifest, objective: Objective) -> None:
     """Refuse a codec that a term of the objective cannot use.
 
     Raises:
@@ -291,19 +324,14 @@ def require_usable(found: Manifest, objective: Objective, several: bool) -> None
                 "them: above temperature 1 the others are most of the signal",
                 hint="--set cache.codec=int8, or temperature 1",
             )
-        if several and term.reads.teacher:
-            raise IncompatibleError(
-                f"objective: {name} reads features, and an ensemble has none of its own",
-                hint="give one teacher",
-            )
 
 
 def _live(
-    objective: Objective, found: Manifest, network: Network | None, device: torch.device
+    needed: Sequence[str], found: Manifest, network: Network | None, device: torch.device
 ) -> Teacher | None:
     """The network itself, where a term reads features that the cache does not hold."""
     kept = found.identity["features"]
-    missing = sorted({name for _, t in objective.taught() for name in t.reads.teacher} - set(kept))
+    missing = [name for name in needed if name not in kept]
     if not missing:
         return None
     if network is None:

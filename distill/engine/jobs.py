@@ -104,7 +104,7 @@ def build_jobs(
     ):
         network = placed(models.build_teacher(trained(spec, run, i), **facts(dataset)), here)
         wanted = cached.manifest(recipe, dataset, network, num_views=num_views, unit_rows=unit_rows)
-        cached.require_usable(wanted, objective, len(recipe.teachers) > 1)
+        cached.require_usable(wanted, objective)
         jobs.append(Job(place.name, place.store, network, wanted))
     return jobs
 

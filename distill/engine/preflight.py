@@ -20,7 +20,7 @@ from distill.data import datasets
 from distill.data.datasets import Dataset
 from distill.data.loader import Loader
 from distill.engine import cached, machine, optim
-from distill.engine.networks import facts, trained
+from distill.engine.networks import connect, facts, trained
 from distill.engine.run import Run
 from distill.engine.session import together
 from distill.engine.step import Distiller, train_step
@@ -210,13 +210,13 @@ def _step(
     recipe: Recipe, dataset: Dataset, student: Network, teachers: list[Network], images: int
 ) -> tuple[Memory, int]:
     """Memory of a device that gets `images` of each batch, and bytes of a checkpoint."""
-    distiller = Distiller(student, objectives.build(recipe.objective))
+    objective = objectives.build(recipe.objective)
+    if objective.looks_inside:
+        connect(objective, student, cached.anatomies(recipe, teachers), dataset)
+    for i, network in enumerate(teachers):
+        network.tap(objective.teacher_taps(i))
+    distiller = Distiller(student, objective)
     optimizer = optim.build(distiller, recipe.optimizer)
-    needed = sorted(
-        {name for _, term in distiller.objective.taught() for name in term.reads.teacher}
-    )
-    for network in (student, *teachers):
-        network.tap(needed)
     members: list[Teacher] = [Live(network) for network in teachers]
     if not members and recipe.cache is not None and recipe.cache.path is not None:
         members = [_stand_in(recipe.cache.path)]
@@ -284,7 +284,7 @@ def _caches(
             manifest = cached.manifest(recipe, dataset, network, num_views=views, unit_rows=None)
         else:
             raise IncompleteError(f"{store.origin}: there is no cache, and no teacher to ask")
-        cached.require_usable(manifest, objective, len(networks) > 1)
+        cached.require_usable(manifest, objective)
         units = manifest.units()
         found.append(
             {

@@ -15,11 +15,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from distill import console, evaluate, models, objectives
 from distill.data import datasets
 from distill.data.loader import Loader, evaluation_batches
-from distill.engine import machine, optim
+from distill.engine import cached, machine, optim
 from distill.engine.cached import Opened, Tutor, open_caches
 from distill.engine.fill import Filler
 from distill.engine.machine import Machine
-from distill.engine.networks import facts, placed, trained
+from distill.engine.networks import connect, facts, placed, trained
 from distill.engine.step import Distiller
 from distill.errors import IncompatibleError
 from distill.models import cost
@@ -86,20 +86,20 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         "student": fingerprint(student) if recipe.student.weights else None,
     }
     objective = objectives.build(recipe.objective)
-    needed = sorted({name for _, term in objective.taught() for name in term.reads.teacher})
-    student.tap(needed)
+    anatomies = cached.anatomies(recipe, networks) if objective.looks_inside else []
+    connect(objective, student, anatomies, dataset)
     opened = filler = None
     if recipe.cache is not None and recipe.cache.path is not None and not recipe.cache.fill:
         opened = open_caches(recipe, dataset, networks, objective, here.device)
         identity["cache"] = opened.ids
         members, tutors = opened.members, opened.tutors
     else:
-        for network in networks:
-            placed(network, here).tap(needed)
+        for i, network in enumerate(networks):
+            placed(network, here).tap(objective.teacher_taps(i))
         members = [Live(network) for network in networks]
         tutors = [_tutor(network, dataset) for network in networks]
         if recipe.cache is not None and recipe.cache.fill:
-            _require_kept(needed, recipe.cache.features)
+            _require_kept(objective, len(networks), recipe.cache.features)
             filler = Filler(recipe, dataset, networks, path / "cache", here)
             members = list(filler.members)
     loader = Loader(
@@ -207,7 +207,8 @@ def answers(
     return evaluate.predict(network, batches, autocast=autocast)
 
 
-def _require_kept(needed: list[str], kept: list[str]) -> None:
+def _require_kept(objective: objectives.Objective, teachers: int, kept: list[str]) -> None:
+    needed = [name for i in range(teachers) for name in objective.teacher_taps(i)]
     if missing := [name for name in needed if name not in kept]:
         raise IncompatibleError(
             f"objective: reads the feature {missing[0]}, which would not be kept",

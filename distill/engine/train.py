@@ -272,6 +272,7 @@ def _set_progress(
     torch.default_generator.manual_seed(seed)
     if here.device.type == "cuda":
         torch.cuda.default_generators[here.device.index or 0].manual_seed(seed)
+    session.distiller.objective.set_progress(progress)
     return session.distiller.objective.weights_at(progress)
 
 

@@ -50,7 +50,7 @@ def build(name: str, classes: int = 10, *, alike: bool = False, **arguments: Any
     assert isinstance(term, Term)
     student = anatomy("student", classes, **STUDENT)
     teacher = anatomy("teacher", classes, **(STUDENT if alike else TEACHER))
-    term.connect(Pair(student, teacher, classes, SAMPLES))
+    term.connect(Pair(student, teacher, classes, torch.arange(SAMPLES)))
     return term
 
 
