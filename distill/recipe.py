@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from distill import component, recipe_file, yamlio
-from distill.component import Location, Positive
+from distill.component import Count, Location, Positive
 from distill.errors import RecipeError
 from distill.sections import (
     OUTSIDE_MODELS,
@@ -57,6 +57,9 @@ class Teacher(Component):
     )
     name: str | None = Field(None, description="directory of the recipe's run, beside this run")
     weight: Positive = Field(1.0, description="share in an ensemble; shares need not sum to 1")
+    input_size: Count | None = Field(
+        None, description="pixels that it is shown images at; left out: what it was trained on"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
@@ -79,6 +82,9 @@ class Recipe(Section):
         "probability", description="what is averaged where there are several teachers"
     )
     student: Model
+    generations: Count = Field(
+        1, description="students in turn, each the next one's teacher; the last is the result"
+    )
     objective: Annotated[list[TermSpec], Field(min_length=1)]
     cache: Cache | None = None
     optimizer: Optimizer
@@ -280,7 +286,10 @@ def _constant(term: str, name: str, default: bool) -> bool:
 def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, str]]:
     """Keys that are right one by one and wrong together."""
     data, train, cache = recipe.data, recipe.train, recipe.cache
-    taught = bool(recipe.teachers) or (cache is not None and cache.path is not None)
+    kept = cache is not None and cache.path is not None
+    taught = bool(recipe.teachers) or kept or recipe.generations > 1
+    if recipe.generations > 1 and kept:
+        yield (*at, "cache", "path"), "each of the generations has a teacher of its own"
     seen: set[str] = set()
     for i, spec in enumerate(recipe.objective):
         if spec.key in seen:

@@ -38,6 +38,7 @@ class Outputs(NamedTuple):
     features: dict[str, Tensor] | None = None  # by tap, those that were asked for; (B, ...)
     members: tuple[Outputs, ...] = ()  # an ensemble's, each as it answers alone
     shares: tuple[float, ...] = ()  # of the members, where their probabilities are averaged
+    again: Outputs | None = None  # a student's of the other images that a term shows it
 
     def read(self, tap: str) -> Tensor:
         """A feature, in float32: autocast leaves halves, whose sums overflow."""

@@ -19,7 +19,7 @@ from distill.cache.store import open_store, places
 from distill.data import datasets
 from distill.data.datasets import Dataset
 from distill.data.loader import Loader
-from distill.engine import cached, machine, optim
+from distill.engine import cached, generations, machine, optim
 from distill.engine.networks import connect, facts, trained
 from distill.engine.run import Run
 from distill.engine.session import together
@@ -90,6 +90,7 @@ def rehearse(recipe: Recipe, path: Path, *, devices: int = 1) -> Rehearsal:
         PreflightError: If data or weights are missing.
         DamagedError: If a file of data or weights is damaged.
     """
+    recipe = generations.last(recipe, path)
     return _rehearse(recipe, path, devices, datasets.load(recipe.data))[0]
 
 

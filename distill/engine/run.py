@@ -36,6 +36,8 @@ class Result(NamedTuple):
     baseline: dict[str, Any] | None = None  # the same student from labels alone
     gain: float | None = None  # top1 less the baseline's
     gain_ci95: list[float] | None = None  # paired bootstrap over the test images
+    generations: list[dict[str, Any]] | None = None  # run and scores of each, the last one's last
+    ensemble: dict[str, float] | None = None  # scores of all generations as one classifier
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain data; keys that do not apply to the run are left out."""

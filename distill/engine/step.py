@@ -30,7 +30,9 @@ class Distiller(nn.Module):
         self, batch: Batch, teacher: Outputs | None, weights: Mapping[str, float]
     ) -> Losses:
         """The losses of the student's answer to the batch."""
-        losses: Losses = self.objective(self.student(batch.images), teacher, batch, weights)
+        student = self.student(batch.images)
+        again = {name: self.student(x) for name, x in self.objective.shown(batch).items()}
+        losses: Losses = self.objective(student, teacher, batch, weights, again)
         return losses
 
 

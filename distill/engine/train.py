@@ -11,7 +11,7 @@ import torch
 
 from distill import console, evaluate, schedule, storage
 from distill.data import datasets
-from distill.engine import checkpoint, machine, optim
+from distill.engine import checkpoint, generations, machine, optim
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.finish import finish
 from distill.engine.machine import Machine, StopRequest
@@ -76,6 +76,7 @@ def train(
         checkpoint_seconds=checkpoint_seconds,
     )
     out = Path(out)
+    asked, recipe = recipe, generations.last(recipe, out)
     with machine.stop_request() as stop:
         alone = recipe.without_teacher() if baseline else None
         train_teachers(recipe, out, here, stop)
@@ -84,6 +85,10 @@ def train(
             plain, said = _run(alone, out / "baseline", here, stop, restart=restart)
             if result.baseline != plain.to_json():
                 result = _with_baseline(recipe, result, plain, here, told, said)
+        if asked.generations > 1 and result.generations is None:
+            result = generations.together(asked, result, here)
+            if here.main:
+                Run(out).finish(result)
     return result
 
 
@@ -91,6 +96,8 @@ def train_teachers(
     recipe: Recipe, path: Path, here: Machine, stop: StopRequest, *, parts: int | None = None
 ) -> None:
     """Train those of the recipe's teachers that are recipes and have no run beside `path` yet.
+
+    Their own teachers come first.
 
     Args:
         recipe: Whose teachers.
@@ -117,6 +124,7 @@ def train_teachers(
                 "train it",
                 hint=f"distill train its recipe with --out {run.path} first",
             )
+        train_teachers(spec.recipe, run.path, here, stop)
         _run(spec.recipe, run.path, here, stop, restart=False)
 
 

@@ -88,7 +88,8 @@ def build_teacher(
     assert spec.weights is not None
     expected = None
     if spec.model is not None:
-        expected = _describe(spec.model, spec, classes, image_size, mean, std)
+        size = spec.input_size or image_size
+        expected = _describe(spec.model, spec, classes, size, mean, std)
     trained = _trained(spec.weights, expected)
     own = trained.description
     for key, value in spec.arguments.items():
@@ -103,7 +104,7 @@ def build_teacher(
     description = own.model_copy(
         update={
             "classes": own.classes or classes,
-            "input_size": own.input_size if resized else own.image_size,
+            "input_size": spec.input_size or (own.input_size if resized else own.image_size),
         }
     )
     network = Network(trained.backbone, description, selection=selection)

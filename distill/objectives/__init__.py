@@ -62,6 +62,10 @@ class Objective(nn.Module):
                     hint=f"name it: {{term: {name}, teacher: 0}}",
                 )
 
+    def shown(self, batch: Batch) -> dict[str, Tensor]:
+        """The other images that terms want the student to see, by term."""
+        return {name: term.show(batch) for name, term in self._terms() if term.shows}
+
     def student_taps(self) -> list[str]:
         """What the terms read of the student besides its logits."""
         return sorted({tap for _, term in self._terms() for tap in term.reads.student})
@@ -77,11 +81,28 @@ class Objective(nn.Module):
             term.set_progress(progress)
 
     def forward(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch, weights: Mapping[str, float]
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        weights: Mapping[str, float],
+        again: Mapping[str, Outputs] | None = None,
     ) -> Losses:
-        """The weighted sum and its unweighted parts, each a mean over the batch."""
+        """The weighted sum and its unweighted parts, each a mean over the batch.
+
+        Args:
+            student: Its answer to the batch.
+            teacher: What is heard; None where there is no teacher.
+            batch: The samples.
+            weights: Of the terms, by name.
+            again: The student's answers to what `shown` gave, by term.
+        """
         parts = {
-            name: term(student, self._heard(name, teacher), batch).mean()
+            name: term(
+                student._replace(again=again[name]) if again and name in again else student,
+                self._heard(name, teacher),
+                batch,
+            ).mean()
             for name, term in self.terms.items()
         }
         weighted = (
@@ -114,6 +135,7 @@ class Objective(nn.Module):
                     for name, term in self._terms()
                     if term.needs_teacher is needs_teacher
                     and term.reads == Reads()
+                    and not term.shows
                     and weights[name] != 0
                 ]
                 if not pulls:

@@ -23,6 +23,7 @@ class Term(nn.Module, ABC):
     needs_teacher: ClassVar[bool] = True  # False for a term that reads no teacher
     needs_labels: ClassVar[bool] = False
     needs_batch: ClassVar[bool] = False  # True where it compares the images of a batch
+    shows: ClassVar[bool] = False  # True where the student is shown other images besides
     directions: ClassVar[str] = "any"  # or which pairs it works for, such as "vit to cnn"
     reads: Reads = Reads()
 
@@ -37,6 +38,10 @@ class Term(nn.Module, ABC):
         Raises:
             IncompatibleError: If the two have nothing that the term could compare.
         """
+
+    def show(self, batch: Batch) -> Tensor:
+        """The other images, where it `shows` any; as many as the batch's, and as large."""
+        raise NotImplementedError
 
     def set_progress(self, progress: float) -> None:  # most terms are constant
         """Follow the run: the finished fraction of it, in [0, 1]."""

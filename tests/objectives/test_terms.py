@@ -91,7 +91,8 @@ def outputs(taps: tuple[str, ...], network: Anatomy, z: Tensor) -> Outputs:
             site = network.sites[name]
             shape = (site.prefix, site.channels) if prefix else (site.channels, *site.grid)
             features[tap] = spread(z, *shape)
-    return Outputs(z, features or None)
+    again = Outputs(z.roll(1, 1), {"pooled": z.roll(1, 1)})  # of what a term shows besides
+    return Outputs(z, features or None, again=again)
 
 
 def loss(
@@ -170,6 +171,8 @@ def test_agreement_is_a_minimum(name: str, classes: int) -> None:
     if name in ELSEWHERE:
         pytest.skip(ELSEWHERE[name])
     term, data = build(name, classes, alike=True), batch(8, classes)
+    if not (term.needs_teacher or term.needs_labels):
+        pytest.skip("it compares the student with itself")
     if any(p.requires_grad for p in term.parameters()):
         pytest.skip("what it learns stands between the two")
     # Sure of the label, so that a term that also reads labels, or only the first class, agrees.
