@@ -34,6 +34,11 @@ class Item(NamedTuple):
     name: str
     summary: str
     keys: dict[str, str]  # the recipe's keys: type and default as text
+    pairs: str | None = None  # which a term works for, teacher to student
+
+    def to_json(self) -> dict[str, Any]:
+        """The item as plain data."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
 
 
 DATASETS = {
@@ -83,7 +88,7 @@ def list_(
             return
         items = [item for item in _items(kind, pattern) if fnmatch.fnmatchcase(item.name, pattern)]
         if as_json:
-            print_json({kind.value: [item._asdict() for item in items]})
+            print_json({kind.value: [item.to_json() for item in items]})
         else:
             _show(items)
             if not items:
@@ -105,7 +110,9 @@ def _items(kind: Kind, pattern: str) -> Iterable[Item]:
         case Kind.models:
             yield from _components(component.find("models.zoo"))
         case Kind.terms:
-            yield from _components(component.find("objectives"))
+            found = component.find("objectives")
+            for item, definition in zip(_components(found), found.values(), strict=True):
+                yield item._replace(pairs=str(definition.constants.get("directions", "any")))
         case Kind.datasets:
             for name in get_args(Data.model_fields["name"].annotation):
                 yield Item(name, DATASETS[name], {})
@@ -228,6 +235,8 @@ def _show(items: Iterable[Item]) -> None:
         table.add_column(overflow="fold")
     for item in items:
         table.add_row(f"[bold]{console.plain(item.name)}[/]", console.plain(item.summary))
+        if item.pairs is not None:
+            table.add_row("  [dim]for[/]", f"[dim]{item.pairs}{' pair' * (item.pairs == 'any')}[/]")
         for key, text in item.keys.items():
             table.add_row(f"  {console.plain(key)}", console.plain(text))
     console.out.print(table)

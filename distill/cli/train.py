@@ -119,6 +119,11 @@ def _show(result: Result) -> None:
         table.add_column(heading, justify="left" if heading in ("", "model") else "right")
     student = {"model": result.student, **result.to_json()}
     networks = [("teacher", teacher) for teacher in result.teachers] + [("student", student)]
+    if result.ensemble is not None and result.generations is not None:
+        count = len(result.generations)
+        costs = {"parameters": count * result.parameters, "flops": count * result.flops}
+        together = {"model": f"all {count} generations", **costs, **result.ensemble}
+        networks.append(("ensemble", together))
     if result.baseline is not None:
         networks.append(("  alone", {"model": result.student, **result.baseline}))
     for role, network in networks:

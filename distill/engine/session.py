@@ -174,6 +174,13 @@ def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
         f"student {student.model}: {cost.parameters(student):,} parameters, "
         f"{recipe.train.epochs:,} epochs of {session.loader.steps_per_epoch:,} steps"
     )
+    micro_batches = here.micro_batches(recipe.train.batch_size)
+    for name, term in session.distiller.objective.terms.items():
+        if micro_batches > 1 and getattr(term, "needs_batch", False):
+            warnings.append(
+                f"{name} compares the images of a batch, and sees each of {micro_batches} "
+                "micro-batches by itself: a larger --device-batch-size gives another result"
+            )
     if student.reinitialised:
         console.say(f"drawn anew, for other classes: {', '.join(student.reinitialised)}")
     return warnings

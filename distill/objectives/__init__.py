@@ -54,7 +54,11 @@ class Objective(nn.Module):
             try:
                 term.connect(Pair(student, teacher, num_classes, samples))
             except IncompatibleError as error:
-                raise IncompatibleError(f"objective: {name}: {error}", hint=error.hint) from error
+                sides = f"student {student.model}"
+                sides += f", teacher {teacher.model}" if teacher else ""
+                raise IncompatibleError(
+                    f"objective: {name}: {error} ({sides})", hint=error.hint
+                ) from error
             if len(teachers) > 1 and number is None and term.reads.teacher:
                 raise IncompatibleError(
                     f"objective: {name} reads what is inside of one teacher, and there are "

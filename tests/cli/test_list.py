@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -36,7 +37,9 @@ def test_what_is_listed_is_what_there_is(distill: Callable[..., Result]) -> None
 def test_a_table_for_people(distill: Callable[..., Result]) -> None:
     out = distill("list", "terms").stdout
     assert "Match the teacher's softened class probabilities." in out
-    assert "float, > 0; default 4.0" in out
+    assert "float, > 0" in out
+    assert re.search(r"guidance .*\n +for +vit to any", out)
+    assert re.search(r"ce +Match the labels\. *\n +for +any pair", out)
     out = distill("list", "models").stdout
     assert "learned | sincos | conv | none; default learned" in out
     for kind in ("recipes", "datasets"):
