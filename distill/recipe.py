@@ -334,6 +334,8 @@ def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, st
             (*at, "data", "val"),
             "is held out of labelled images, and those of data.transfer have no labels",
         )
+    if data.transfer and data.omit:
+        yield (*at, "data", "omit"), "the images of data.transfer have no classes to leave out"
     if cache is not None and cache.fill and not recipe.teachers:
         yield (*at, "cache", "fill"), "there is no teacher to ask: teachers is empty"
     runs: dict[str, Recipe] = {}

@@ -70,6 +70,7 @@ class Data(Section):
     fraction: Annotated[float, Gt(0), Le(1)] = Field(
         1.0, description="part of the training images that is used; class-balanced and nested"
     )
+    omit: list[str] = Field([], description="classes whose images are not trained on")
     val: Annotated[float, Ge(0), Lt(1)] = Field(
         0.0, description="part of the training split held out for choices; class-balanced"
     )

@@ -302,6 +302,7 @@ CHANGES = [
     "data.mixup=0.1",
     "data.cutmix=0.1",
     "data.fraction=0.5",
+    "data.omit=['3']",
     "data.val=0.1",
     "data.on_bad_image=skip",
     "data.max_pixels=7",
@@ -314,6 +315,8 @@ CHANGES = [
     "teachers.1.weights=pretrained",
     "teachers.1.weights=hf-hub:a/b",
     "teachers.1.weight=1",
+    "teachers.1.input_size=48",
+    "generations=2",
     "student={model: resnet8}",
     "student.patch_size=4",
     "student.weights=runs/a",
@@ -324,6 +327,7 @@ CHANGES = [
     "objective.1.weight.shape=linear",
     "objective.1.temperature=5",
     "objective.1.name=soft",
+    "objective.1.teacher=1",
     "optimizer.name=sgd",
     "optimizer.lr=0.2",
     "optimizer.momentum=0.8",
@@ -428,3 +432,15 @@ def test_ready_recipes_are_sound_and_say_what_they_are(path: Path) -> None:
     recipe = Recipe.load(path)
     assert len(recipe.digest()) == 64
     assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_a_term_names_one_of_several_teachers(write: Callable[..., Path]) -> None:
+    path = write()
+    named = "teachers.0.name=first"
+    by_name = Recipe.load(path, [named, "objective.1.teacher=first"])
+    by_number = Recipe.load(path, [named, "objective.1.teacher=0"])
+    assert by_name.objective[1].teacher == by_number.objective[1].teacher == 0
+    with pytest.raises(RecipeError, match=r"no teacher is named 'fist'; did you mean 'first'\?"):
+        Recipe.load(path, [named, "objective.1.teacher=fist"])
+    with pytest.raises(RecipeError, match="there are 2 teachers, counted from 0"):
+        Recipe.load(path, ["objective.1.teacher=2"])

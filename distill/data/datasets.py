@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
+from distill import component
 from distill.data import folder, images, official, splits
 from distill.data.official import Triple
-from distill.errors import PreflightError, RecipeError
+from distill.errors import IncompatibleError, PreflightError, RecipeError
 from distill.recipe import Data
 
 T = TypeVar("T")
@@ -93,6 +94,7 @@ def load(data: Data) -> Dataset:
 
     Raises:
         RecipeError: If the section lacks a key that this set needs.
+        IncompatibleError: If it leaves out a class that the set has not, or all of them.
         PreflightError: If files are missing, misplaced or bad images.
         DamagedError: If a file of a published set is not in its format.
     """
@@ -111,7 +113,7 @@ def load(data: Data) -> Dataset:
 def _load_official(data: Data, published: official.Official) -> Dataset:
     train, test = published.train, published.test
     size = data.image_size or train.pixels.shape[1]
-    train_ids, val_ids = _ids(data, train.labels)
+    train_ids, val_ids = _ids(data, train.labels, published.classes)
     content = _sha256(
         part for split in (train, test) for part in (str(split.pixels.shape), split.pixels.data)
     )
@@ -140,10 +142,11 @@ def _load_folder(data: Data, root: Path) -> Dataset:
     train, bad_train = _open(root, found.train, found.classes, data, in_memory)
     test, bad_test = _open(root, found.test, found.classes, data, in_memory)
     _refuse_bad(root, data, bad_train, bad_test)
-    train_ids, val_ids = _ids(data, train.labels, bad_train)
-    lost = sorted(set(range(len(found.classes))) - set(train.labels[train_ids].tolist()))
-    if lost and labelled:
-        names = ", ".join(repr(found.classes[label]) for label in lost)
+    train_ids, val_ids = _ids(data, train.labels, found.classes, bad_train)
+    used = set(train.labels[train_ids].tolist())
+    lost = [name for i, name in enumerate(found.classes) if i not in used]
+    if labelled and (lost := [name for name in lost if name not in data.omit]):
+        names = ", ".join(map(repr, lost))
         raise PreflightError(f"{root}: classes without a usable training image: {names}")
     content = _sha256(  # no file name contains NUL
         "".join(f"{entry.name}\0{entry.size}\0" for entry in entries) + "\0"
@@ -208,11 +211,26 @@ def _sha256(parts: Iterable[str | bytes | memoryview]) -> str:
 
 
 def _ids(
-    data: Data, labels: Int64[np.ndarray, " N"], bad: Collection[int] = ()
+    data: Data,
+    labels: Int64[np.ndarray, " N"],
+    classes: Sequence[str],
+    bad: Collection[int] = (),
 ) -> tuple[Int64[np.ndarray, " T"], Int64[np.ndarray, " V"]]:
-    """Sorted ids to train on and to validate on. A bad image changes no other image's place."""
+    """Sorted ids to train on and to validate on. What is left out changes no other image's place.
+
+    Raises:
+        IncompatibleError: If a class that is left out is unknown, or none is left.
+    """
+    for name in data.omit:
+        if name not in classes:
+            known = component.suggestion(name, classes)
+            raise IncompatibleError(f"data.omit: the data has no class {name!r}{known}")
     train, val = splits.held_out(labels, data.val, data.seed)
     train = splits.subset(train, labels, data.fraction, data.seed)
+    omitted = [i for i, name in enumerate(classes) if name in data.omit]
+    train = train[~np.isin(labels[train], omitted)]
+    if not len(train):
+        raise IncompatibleError("data.omit: leaves no image to train on")
     bad_ids = np.array(list(bad), np.int64)
     return np.setdiff1d(train, bad_ids), np.setdiff1d(val, bad_ids)
 

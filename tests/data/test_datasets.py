@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from distill.data import datasets, official
 from distill.data.datasets import Dataset
-from distill.errors import DamagedError, PreflightError, RecipeError
+from distill.errors import DamagedError, IncompatibleError, PreflightError, RecipeError
 from distill.recipe import Data
 
 RNG = np.random.default_rng(0)
@@ -266,3 +266,16 @@ def test_imports_no_torch() -> None:
     code = "import sys, distill.data.datasets; print({'torch', 'torchvision'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_classes_that_are_left_out_are_trained_on_by_nobody() -> None:
+    whole, part = load(name="digits", val=0.1), load(name="digits", val=0.1, omit=["3", "8"])
+    assert set(part.train.labels[part.train_ids]) == set(range(10)) - {3, 8}
+    kept = ~np.isin(whole.train.labels[whole.train_ids], [3, 8])
+    np.testing.assert_array_equal(part.train_ids, whole.train_ids[kept])
+    np.testing.assert_array_equal(part.val_ids, whole.val_ids)  # choices are for all classes
+    assert part.classes == whole.classes
+    with pytest.raises(IncompatibleError, match="no class 'thre'"):
+        load(name="digits", omit=["thre"])
+    with pytest.raises(IncompatibleError, match="leaves no image"):
+        load(name="digits", omit=[str(i) for i in range(10)])
