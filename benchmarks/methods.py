@@ -1,0 +1,208 @@
+"""Every method with few images: one pair a direction, several seeds, and the student alone.
+
+    python benchmarks/methods.py --root ~/data --out runs/methods [--direction cnn-to-vit]...
+        [--method kd]... [--seeds 3]
+
+The teachers are trained once, by `recipes/fashion-mnist/teacher-{cnn,vit}.yaml`, on all 54,000
+images. A student sees 1,000 images of Fashion-MNIST in ten views each; a seed decides which images,
+their views, their order and the initial weights. All methods of a seed share these, and the number
+of steps. Logits come from a cache, what is inside of a teacher from the teacher itself. Whatever is
+done already is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from distill import yamlio
+from distill.engine import machine
+from distill.engine.train import train
+from distill.recipe import Recipe
+
+HERE = Path(__file__).parents[1] / "recipes" / "fashion-mnist"
+# Student's t, 97.5 % quantile, by degrees of freedom.
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+STUDENTS: dict[str, dict[str, Any]] = {
+    "cnn": {
+        "student": {"model": "resnet8"},
+        "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 5e-4, "warmup_epochs": 2},
+    },
+    "vit": {
+        "student": {"model": "vit", "width": 64, "depth": 4, "heads": 4},
+        "optimizer": {
+            "name": "adamw",
+            "lr": 1e-3,
+            "weight_decay": 0.05,
+            "warmup_epochs": 4,
+            "clip_norm": 1.0,
+        },
+    },
+}
+DIRECTIONS = ("cnn-to-cnn", "cnn-to-vit", "vit-to-vit", "vit-to-cnn")
+
+CE = {"term": "ce", "weight": 0.2}
+KD = {"term": "kd", "weight": 0.8, "temperature": 2}
+
+
+def beside(term: str, weight: float, **arguments: Any) -> list[dict[str, Any]]:
+    """A term beside KD and cross-entropy, as those that look inside a teacher are used."""
+    return [CE, KD, {"term": term, "weight": weight, **arguments}]
+
+
+def instead(term: str, weight: float, labels: float, **arguments: Any) -> list[dict[str, Any]]:
+    """A term in place of KD."""
+    return [{"term": "ce", "weight": labels}, {"term": term, "weight": weight, **arguments}]
+
+
+RAMP = {"start": 0.0, "end": 1.0, "until": 0.1}  # the warm-up of DKD and RLD
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "alone": [{"term": "ce"}],
+    "smoothing 0.1": [{"term": "ce", "smoothing": 0.1}],
+    "tfkd": instead("tfkd", 0.8, 0.2),
+    "kd, T = 1": instead("kd", 0.8, 0.2, temperature=1),
+    "kd, T = 2": [CE, KD],
+    "kd, T = 4": instead("kd", 0.8, 0.2, temperature=4),
+    "kd alone, T = 1": [{"term": "kd", "temperature": 1}],
+    "kd, T = 2 to 6": instead("kd", 0.8, 0.2, temperature=[2, 3, 4, 5, 6]),
+    "hard": instead("hard", 0.5, 0.5),
+    "token": instead("token", 0.5, 0.5),
+    "dkd": instead("dkd", RAMP, 1.0),
+    "nkd": instead("nkd", 1.0, 1.0),
+    "dist": instead("dist", 2.0, 1.0),
+    "lskd": instead("lskd", 9.0, 0.1),
+    "ttm": instead("ttm", 4.0, 1.0),
+    "wttm": instead("wttm", 4.0, 1.0),
+    "rld": instead("rld", RAMP, 1.0),
+    "ctkd": instead("ctkd", 0.8, 0.2),
+    "ofa": instead("ofa", 1.0, 1.0),
+    "features": beside("features", 0.3),
+    "features, alone": instead("features", 1.0, 0.5),
+    "locality": beside("locality", 2.5),
+    "vitkd": beside("vitkd", 1.0),
+    "at": beside("at", 1000.0),
+    "attention": beside("attention", 1.0),
+    "guidance": beside("guidance", {"start": 0.0, "end": 0.2, "begin": 0.1, "until": 0.1}),
+    "similarity": beside("similarity", 1000.0),
+    "relations": beside("relations", 5.0),
+    "rkd": beside("rkd", 0.02),
+    "crd": beside("crd", 0.1, negatives=512),
+    "infonce": beside("infonce", 0.2),
+    "review": beside("review", 0.5),
+    "locality_penalty": [{"term": "ce"}, {"term": "locality_penalty", "weight": 0.2}],
+    "shift_consistency": [{"term": "ce"}, {"term": "shift_consistency", "weight": 1.0}],
+    "subset": [{"term": "ce"}, {"term": "subset", "weight": 0.2}],
+}
+NOT_FOR = {  # what a direction has not
+    "token": ("cnn-to-cnn", "vit-to-cnn"),
+    "vitkd": ("cnn-to-cnn", "cnn-to-vit", "vit-to-cnn"),
+    "attention": ("cnn-to-cnn", "cnn-to-vit", "vit-to-cnn"),
+    "guidance": ("cnn-to-cnn", "cnn-to-vit"),
+    "locality_penalty": ("cnn-to-cnn", "vit-to-cnn"),
+}
+
+
+def recipe(direction: str, method: str, seed: int, root: str, out: Path) -> Recipe:
+    """The recipe of one run."""
+    teacher, _, student = direction.partition("-to-")
+    terms = METHODS[method]
+    taught = any(term["term"] not in ALONE for term in terms)
+    data = {
+        "name": "fashion-mnist",
+        "root": root,
+        "augment": ["crop", "flip"],
+        "val": 0.1,
+        "fraction": 1 / 54,
+        "seed": seed,
+    }
+    sections: dict[str, Any] = {
+        "data": data,
+        "teachers": [{"weights": str(out / f"teacher-{teacher}")}] if taught else [],
+        **STUDENTS[student],
+        "objective": terms,
+        "cache": {"views": 10},
+        "train": {"epochs": 40, "batch_size": 100, "eval_epochs": 40, "seed": seed},
+    }
+    if method == "token":
+        sections["student"] = {**sections["student"], "pool": "distill"}
+    if taught:
+        sections["cache"]["path"] = str(out / f"cache-{teacher}-{seed}")
+        sections["cache"]["features"] = ["pooled"]
+    path = out / f"{direction}.yaml"
+    path.write_text(yamlio.dump(sections))
+    return Recipe.load(path)
+
+
+ALONE = ("ce", "tfkd", "locality_penalty", "shift_consistency", "subset")
+
+
+def prepare(root: str, out: Path, seeds: int, direction: str) -> None:
+    """Train the teacher and write what it says."""
+    teacher = direction.partition("-to-")[0]
+    places = [f"data.root={root}", "data.download=false"]
+    train(Recipe.load(HERE / f"teacher-{teacher}.yaml", places), out / f"teacher-{teacher}")
+    for seed in range(seeds):
+        wanted = recipe(direction, "kd, T = 2", seed, root, out)
+        assert wanted.cache is not None
+        command = [sys.executable, "-m", "distill", "teacher-cache", out / f"{direction}.yaml"]
+        subprocess.run([*command, "--out", str(wanted.cache.path)], check=True)
+
+
+def main() -> None:
+    """Run what is asked for, and print a table of it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--direction", action="append", choices=DIRECTIONS)
+    parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine.setup(workers=0)
+    for direction in options.direction or DIRECTIONS:
+        prepare(options.root, options.out, options.seeds, direction)
+        rows = {}
+        for method in options.method or METHODS:
+            if direction in NOT_FOR.get(method, ()):
+                continue
+            rows[method] = [
+                one(direction, method, seed, options.root, options.out)
+                for seed in range(options.seeds)
+            ]
+        table(direction, rows)
+
+
+def one(direction: str, method: str, seed: int, root: str, out: Path) -> float:
+    """The student's test accuracy after the last epoch, in per cent."""
+    slug = method.replace(",", "").replace(" ", "-").replace("=", "")
+    run = out / direction / f"{slug}-{seed}"
+    result = train(recipe(direction, method, seed, root, out), run)
+    with (out / "results.jsonl").open("a") as file:
+        row = {"direction": direction, "method": method, "seed": seed, "top1": result.top1}
+        file.write(json.dumps(row) + "\n")
+    return 100 * result.top1
+
+
+def table(direction: str, rows: dict[str, list[float]]) -> None:
+    """Print the gain of each method over the student alone, paired by seed."""
+    print(f"\n{direction}\n\n| method | top-1 | gain over alone, 95 % over seeds |\n|---|---|---|")
+    for method, values in rows.items():
+        line = f"| {method} | {statistics.mean(values):.1f} |"
+        if "alone" in rows and method != "alone":
+            gains = [a - b for a, b in zip(values, rows["alone"], strict=True)]
+            mean = statistics.mean(gains)
+            half = T[len(gains) - 1] * statistics.stdev(gains) / len(gains) ** 0.5
+            line += f" {mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) |"
+        else:
+            line += " |"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
