@@ -50,7 +50,8 @@ def build(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     last = name.rpartition(".")[2]
-    return parameter.ndim >= 2 and not last.endswith(("token", "pos_embed", "position", "_table"))
+    tokens = ("cls", "dist", "token", "pos_embed", "position", "_table")
+    return parameter.ndim >= 2 and not last.endswith(tokens)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -143,14 +143,14 @@ def test_the_stem_makes_one_token_a_patch(stem: str, patch_size: int) -> None:
 def test_every_token_sees_every_patch_in_the_first_block() -> None:
     model = vit(depth=1)
     tokens = torch.randn(1, 16, 32, requires_grad=True)
-    (gradient,) = torch.autograd.grad(model.blocks[0](tokens)[0, 0].sum(), tokens)
+    (gradient,) = torch.autograd.grad(model.blocks[0](tokens, (4, 4))[0, 0].sum(), tokens)
     assert (gradient.abs().sum(dim=-1) > 0).all()
 
 
 def test_drop_path_skips_whole_samples_and_keeps_the_mean() -> None:
-    from distill.models.zoo.vit import _DropPath
+    from distill.models.zoo._layers import DropPath
 
-    layer, x = _DropPath(0.25), torch.ones(4000, 2, 3)
+    layer, x = DropPath(0.25), torch.ones(4000, 2, 3)
     out = layer(x)
     assert torch.equal(out, out[:, :1, :1].expand_as(out))
     torch.testing.assert_close(out.unique(), torch.tensor([0, 4 / 3]))

@@ -74,6 +74,12 @@ def test_the_file_holds_plain_names_and_every_default(student: Build, saved: Pat
         "patch_size": 4,
         "pool": "mean",
         "stem": "patch",
+        "mixer": "attention",
+        "attention": "global",
+        "window": 4,
+        "linear": "dense",
+        "rank": None,
+        "layer_scale": 0.0,
         "drop": 0.0,
         "drop_path": 0.0,
     }

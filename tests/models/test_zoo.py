@@ -55,11 +55,12 @@ LOGITS = {
     ("shufflenetv1", 32): (-11.6418, 32.5647),
     ("shufflenetv2", 32): (0.077463, 0.231373),
 }
+TRANSFORMERS = {"vit", "vit_tiny", "vit_small", "convit_tiny", "crate_tiny", "swin_tiny"}
 ZOO = sorted(component.find("models.zoo"))
 
 
 def test_every_network_is_known_to_the_recipe() -> None:
-    assert set(ZOO) == {*KNOWN, "vit"}
+    assert set(ZOO) == {*KNOWN, *TRANSFORMERS}
     assert all(definition.summary for definition in component.find("models.zoo").values())
 
 

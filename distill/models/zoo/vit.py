@@ -1,10 +1,10 @@
-"""A plain vision transformer whose inductive biases are dials.
+"""A vision transformer whose inductive biases are dials, and published networks made with them.
 
-Dosovitskiy et al.: An Image is Worth 16x16 Words, ICLR 2021, arXiv:2010.11929. Positions: sincos is
-Chen, Xie, He: MoCo v3, ICCV 2021, arXiv:2104.02057; conv is the position encoding generator of Chu
-et al.: CPVT, ICLR 2023, arXiv:2102.10882. The conv stem is Xiao et al.: Early Convolutions Help
-Transformers See Better, NeurIPS 2021, arXiv:2106.14881. The default size is that of Lee, Lee, Song:
-Vision Transformer for Small-Size Datasets, 2021, arXiv:2112.13492.
+Dosovitskiy et al.: An Image is Worth 16x16 Words, ICLR 2021, arXiv:2010.11929. The distillation
+token is Touvron et al.: DeiT, ICML 2021, arXiv:2012.12877. The conv position is the position
+encoding generator of Chu et al.: CPVT, ICLR 2023, arXiv:2102.10882. The default size is that of
+Lee, Lee, Song: Vision Transformer for Small-Size Datasets, 2021, arXiv:2112.13492. Patches of one
+pixel are Nguyen et al.: An Image is Worth More Than 16x16 Patches, ICLR 2025, arXiv:2406.09415.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.component import Count, Fraction, Positive
-from distill.errors import IncompatibleError, RecipeError
+from distill.component import Count, Fraction, NonNegative, Positive
+from distill.models.zoo._block import row
+from distill.models.zoo._dials import Blocks, Tokens, refuse_contradictions
+from distill.models.zoo._layers import EPS, LocalPosition
+from distill.models.zoo._stages import Pyramid
+from distill.models.zoo._tokens import Tokenised
 
 
 def vit(
@@ -25,30 +28,47 @@ def vit(
     image_size: int,
     *,
     width: Count = 192,
-    depth: Count = 9,
+    depth: Count | list[Count] = 9,
     heads: Count = 12,
     mlp_ratio: Positive = 2.0,
     patch_size: Count = 4,
     position: Literal["learned", "sincos", "conv", "none"] = "learned",
-    pool: Literal["mean", "cls"] = "mean",
+    pool: Literal["mean", "cls", "distill"] = "mean",
     stem: Literal["patch", "conv"] = "patch",
+    mixer: Literal["attention", "dynamic_conv", "crate"] = "attention",
+    attention: Literal["global", "window", "gated"] = "global",
+    window: Count = 4,
+    linear: Literal["dense", "low_rank", "kron", "monarch", "btt"] = "dense",
+    rank: Count | None = None,
+    layer_scale: NonNegative = 0.0,
     drop: Fraction = 0.0,
     drop_path: Fraction = 0.0,
 ) -> nn.Module:
-    """A plain vision transformer; patch, stem, position and pooling are dials.
+    """A vision transformer whose inductive biases are dials.
 
     Args:
         num_classes: Logits a sample.
         image_size: Side of the images in pixels.
-        width: Channels of a token.
-        depth: Blocks.
-        heads: Attention heads; they divide the width.
-        mlp_ratio: Hidden channels of a block's MLP over the width.
+        width: Channels of a token; in the first stage where there are several.
+        depth: Blocks. A list has those of each stage: between stages four patches become one,
+            width and heads double.
+        heads: Attention heads; they divide the width. The mixer dynamic_conv has none.
+        mlp_ratio: Hidden channels of a block's MLP over the width. The mixer crate has no MLP.
         patch_size: Side of a patch in pixels; 1 makes every pixel a token.
         position: What tells a token where it is: a learned vector, fixed sines and cosines, a 3 x 3
-            depthwise convolution behind the first block, or nothing.
-        pool: What the classifier reads: the mean of all patches, or a token of its own.
+            depthwise convolution behind the first block (of every stage), or nothing.
+        pool: What the classifier reads: the mean of all patches, a token of its own, or that and a
+            distillation token with a second classifier; the logits are the mean of the two.
         stem: How pixels become tokens: one linear map a patch, or overlapping 3 x 3 convolutions.
+        mixer: What mixes tokens: attention, 3 x 3 convolutions whose kernels follow from the image,
+            or CRATE's attention with one map for queries, keys and values, and a sparse code
+            instead of the MLP.
+        attention: To all tokens, inside of windows that shift, or ConViT's, which begins as a
+            convolution in all but the last two blocks; class tokens join behind it.
+        window: Patches along a side of attention window's windows.
+        linear: The matrices in attention and MLP: dense, or of a structure that costs less.
+        rank: Of linear low_rank (left out: the square root of the channels) and btt (1).
+        layer_scale: What a learned factor on every branch begins at, such as 1e-4; 0: no factor.
         drop: Dropout of tokens and of each branch, a probability.
         drop_path: Probability of skipping a branch in the last block; it grows linearly from 0 in
             the first.
@@ -57,199 +77,197 @@ def vit(
         IncompatibleError: If patches do not tile the image.
         RecipeError: If the dials contradict one another.
     """
-    if image_size % patch_size:
-        sizes = [p for p in range(1, image_size + 1) if image_size % p == 0]
-        raise IncompatibleError(
-            f"vit: patches of {patch_size} px do not tile an image of {image_size} px",
-            hint=f"set patch_size to one of {', '.join(map(str, sizes))}",
-        )
-    if width % heads:
-        raise RecipeError(f"vit: heads must divide the width, got {heads} heads and width {width}")
-    if position == "sincos" and width % 4:
-        raise RecipeError(f"vit: position sincos needs a width divisible by 4, got {width}")
-    if stem == "conv" and patch_size & (patch_size - 1):
-        raise RecipeError(
-            f"vit: stem conv halves the image and needs a patch_size of 1, 2, 4, 8, ..., "
-            f"got {patch_size}"
-        )
-    if drop_path == 1:
-        raise RecipeError("vit: drop_path must be below 1, or the last block is never trained")
-    return _ViT(
+    tokens = Tokens(image_size, patch_size, width, position, pool, stem, drop)
+    blocks = Blocks(
+        heads, mlp_ratio, mixer, attention, window, linear, rank, layer_scale, drop, drop_path
+    )
+    refuse_contradictions(depth, tokens, blocks)
+    if isinstance(depth, list):
+        return Pyramid(num_classes, depth, tokens, blocks)
+    return _ViT(num_classes, depth, tokens, blocks)
+
+
+def vit_tiny(
+    num_classes: int,
+    image_size: int,
+    *,
+    patch_size: Count | None = None,
+    pool: Literal["mean", "cls", "distill"] = "cls",
+    drop_path: Fraction = 0.0,
+) -> nn.Module:
+    """DeiT-Tiny: 5.72 M parameters at 224 px and 1000 classes, 5.91 M with pool distill.
+
+    Args:
+        num_classes: Logits a sample.
+        image_size: Side of the images in pixels.
+        patch_size: As in `vit`; left out: 16 px at 224 px, and smaller with the image.
+        pool: As in `vit`.
+        drop_path: As in `vit`.
+    """
+    return vit(
         num_classes,
-        grid=image_size // patch_size,
-        width=width,
-        depth=depth,
-        heads=heads,
-        hidden=round(width * mlp_ratio),
-        patch_size=patch_size,
-        position=position,
+        image_size,
+        width=192,
+        depth=12,
+        heads=3,
+        mlp_ratio=4.0,
+        patch_size=patch_size or _patch_size(image_size, 14),
         pool=pool,
-        stem=stem,
-        drop=drop,
         drop_path=drop_path,
     )
 
 
-class _ViT(nn.Module):
-    waves: Tensor | None
+def vit_small(
+    num_classes: int,
+    image_size: int,
+    *,
+    patch_size: Count | None = None,
+    pool: Literal["mean", "cls", "distill"] = "cls",
+    drop_path: Fraction = 0.0,
+) -> nn.Module:
+    """DeiT-Small: 22.05 M parameters at 224 px and 1000 classes, 22.44 M with pool distill.
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        grid: int,
-        width: int,
-        depth: int,
-        heads: int,
-        hidden: int,
-        patch_size: int,
-        position: str,
-        pool: str,
-        stem: str,
-        drop: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.stem = (
-            _convolutions(width, patch_size) if stem == "conv" else _patches(width, patch_size)
-        )
-        self.cls = nn.Parameter(torch.empty(1, 1, width)) if pool == "cls" else None
-        self.position = (
-            nn.Parameter(torch.empty(1, grid**2, width)) if position == "learned" else None
-        )
-        # Made anew with every network, so not part of its weights.
-        waves = _sincos(grid, width) if position == "sincos" else None
-        self.register_buffer("waves", waves, persistent=False)
-        self.local = _LocalPosition(width) if position == "conv" else None
-        self.drop = nn.Dropout(drop)
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(_Block(width, heads, hidden, drop, rate) for rate in rates)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+    Its arguments are those of `vit_tiny`.
+    """
+    return vit(
+        num_classes,
+        image_size,
+        width=384,
+        depth=12,
+        heads=6,
+        mlp_ratio=4.0,
+        patch_size=patch_size or _patch_size(image_size, 14),
+        pool=pool,
+        drop_path=drop_path,
+    )
+
+
+def convit_tiny(
+    num_classes: int,
+    image_size: int,
+    *,
+    patch_size: Count | None = None,
+    drop_path: Fraction = 0.0,
+) -> nn.Module:
+    """ConViT-Tiny: 5.71 M parameters at 224 px and 1000 classes.
+
+    D'Ascoli et al., ICML 2021, arXiv:2103.10697. Its arguments are those of `vit_tiny`.
+    """
+    return vit(
+        num_classes,
+        image_size,
+        width=192,
+        depth=12,
+        heads=4,
+        mlp_ratio=4.0,
+        patch_size=patch_size or _patch_size(image_size, 14),
+        pool="cls",
+        attention="gated",
+        drop_path=drop_path,
+    )
+
+
+def crate_tiny(
+    num_classes: int, image_size: int, *, patch_size: Count | None = None, drop_path: Fraction = 0.0
+) -> nn.Module:
+    """CRATE-Tiny: 6.09 M parameters at 224 px and 1000 classes.
+
+    Yu et al., NeurIPS 2023, arXiv:2306.01129. Its arguments are those of `vit_tiny`.
+    """
+    return vit(
+        num_classes,
+        image_size,
+        width=384,
+        depth=12,
+        heads=6,
+        patch_size=patch_size or _patch_size(image_size, 14),
+        pool="cls",
+        mixer="crate",
+        drop_path=drop_path,
+    )
+
+
+def swin_tiny(
+    num_classes: int,
+    image_size: int,
+    *,
+    patch_size: Count | None = None,
+    window: Count = 7,
+    drop_path: Fraction = 0.0,
+) -> nn.Module:
+    """Swin-Tiny: 28.29 M parameters at 224 px and 1000 classes.
+
+    Liu et al., ICCV 2021, arXiv:2103.14030.
+
+    Args:
+        num_classes: Logits a sample.
+        image_size: Side of the images in pixels.
+        patch_size: As in `vit`; left out: 4 px at 224 px, and smaller with the image.
+        window: As in `vit`.
+        drop_path: As in `vit`.
+    """
+    return vit(
+        num_classes,
+        image_size,
+        width=96,
+        depth=[2, 2, 6, 2],
+        heads=3,
+        mlp_ratio=4.0,
+        patch_size=patch_size or _patch_size(image_size, 56),
+        position="none",
+        attention="window",
+        window=window,
+        drop_path=drop_path,
+    )
+
+
+def _patch_size(image_size: int, least: int) -> int:
+    """The largest power of 2 that leaves `least` patches along a side, or 1."""
+    return 1 << max((image_size // least).bit_length() - 1, 0)
+
+
+class _ViT(Tokenised):
+    """One row of blocks; what the classifier reads is the mean token or a class token."""
+
+    def __init__(self, num_classes: int, depth: int, tokens: Tokens, blocks: Blocks) -> None:
+        super().__init__(tokens, norm=False)
+        width, grid = tokens.width, (tokens.side, tokens.side)
+        self.local = LocalPosition(width) if tokens.position == "conv" else None
+        # Only patches have an offset to one another. The last two blocks are ordinary, as in ConViT
+        # with its ten of twelve.
+        self.gated = max(depth - 2, 1) if blocks.attention == "gated" else 0
+        rates = blocks.rates(depth)
+        self.blocks = row(blocks, width, blocks.heads, grid, rates=rates, gated=self.gated)
+        self.norm = nn.LayerNorm(width, eps=EPS)
         self.head = nn.Linear(width, num_classes)
-        self._initialise()
+        if self.dist is not None:
+            self.head_dist = nn.Linear(width, num_classes)
+        self.distilled_training = False
+        self.initialise()
 
-    def _initialise(self) -> None:
-        """Xavier's uniform for every linear map, and 0.02 for what a token is born with.
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """In training, return the logits of class token and distillation token as a tuple."""
+        self.distilled_training = enable
 
-        The paper's own. DeiT's 0.02 for everything is meant for wide tokens: at a width of 48 it
-        leaves attention so even that training takes several times as long to begin.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for vector in (self.cls, self.position):
-            if vector is not None:
-                nn.init.trunc_normal_(vector, std=0.02)
-
-    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
-        x = self.stem(x)
-        grid = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)
-        if self.position is not None:
-            x = x + self.position
-        if self.waves is not None:
-            x = x + self.waves
-        if self.cls is not None:
-            x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1)
-        x = self.drop(x)
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Tensor | tuple[Tensor, Tensor]:
+        x, grid = self.patches(images)
+        x = self.drop(x if self.gated else self._join(x))
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            if 0 < i == self.gated:
+                x = self._join(x)
+            x = block(x, grid)
             if i == 0 and self.local is not None:
                 x = self.local(x, grid)
         x = self.norm(x)
         logits: Tensor = self.head(x.mean(dim=1) if self.cls is None else x[:, 0])
-        return logits
+        if self.dist is None:
+            return logits
+        distilled: Tensor = self.head_dist(x[:, 1])
+        if self.training and self.distilled_training:
+            return logits, distilled
+        return (logits + distilled) / 2
 
-
-class _Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, width: int, heads: int, hidden: int, drop: float, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attention = _Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(drop), nn.Linear(hidden, width)
-        )
-        self.drop = nn.Sequential(nn.Dropout(drop), _DropPath(drop_path))
-
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        x = x + self.drop(self.attention(self.norm1(x)))
-        x = x + self.drop(self.mlp(self.norm2(x)))
-        return x
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        y: Tensor = F.scaled_dot_product_attention(q, k, v)
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        return y
-
-
-class _LocalPosition(nn.Module):
-    """x + depthwise 3 x 3 convolution on the patch grid; the zero border tells where a patch is."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
-
-    def forward(self, x: Float[Tensor, "B N D"], grid: torch.Size) -> Float[Tensor, "B N D"]:
-        prefix = x.shape[1] - grid.numel()  # tokens that have no place in the image
-        patches = x[:, prefix:]
-        near = torch.unflatten(patches.transpose(1, 2), 2, grid)
-        near = self.conv(near).flatten(2).transpose(1, 2)
-        return torch.cat([x[:, :prefix], patches + near], dim=1)
-
-
-class _DropPath(nn.Module):
-    """Skip a branch for whole samples, and scale the rest so that the mean stays."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        if not self.training or self.rate == 0:
-            return x
-        kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate)
-        return x * kept / (1 - self.rate)
-
-
-def _patches(width: int, patch_size: int) -> nn.Module:
-    """One linear map of the pixels of each patch."""
-    return nn.Conv2d(3, width, patch_size, stride=patch_size)
-
-
-def _convolutions(width: int, patch_size: int) -> nn.Module:
-    """3 x 3 convolutions that double the channels and halve the grid, then a linear map."""
-    strides = [2] * (patch_size.bit_length() - 1) or [1]
-    layers: list[nn.Module] = []
-    channels = 3
-    for i, stride in enumerate(strides):
-        out = max(width >> (len(strides) - 1 - i), 1)
-        conv = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(out), nn.GELU()]
-        channels = out
-    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
-
-
-def _sincos(grid: int, width: int) -> Float[Tensor, "1 N D"]:
-    """Sines and cosines of a patch's row and column at width / 4 frequencies from 1 to 1/10000.
-
-    A quarter of the channels each: sin and cos of the column, sin and cos of the row.
-    """
-    quarter = width // 4
-    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns, rows = waves.repeat(grid, 1), waves.repeat_interleave(grid, dim=0)
-    return torch.cat([columns, rows], dim=1).float()[None]
+    def _join(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B n D"]:
+        """Put the class and distillation tokens in front."""
+        tokens = [t.expand(x.shape[0], -1, -1) for t in (self.cls, self.dist) if t is not None]
+        return torch.cat([*tokens, x], dim=1) if tokens else x
