@@ -5,17 +5,19 @@ Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from distill.component import Positive
+from distill.errors import RecipeError
 from distill.objectives._term import Term
 from distill.types import Batch, Outputs
 
 
 def kd_loss(
-    student: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"], *, temperature: float
+    student: Float[Tensor, "B K"], teacher: Float[Tensor, "B K"], *, temperature: float | Tensor
 ) -> Float[Tensor, " B"]:
     """KL divergence from the teacher's softened classes to the student's, times T².
 
@@ -37,17 +39,23 @@ def kd_loss(
 
 
 class KD(Term):
-    """Match the teacher's softened class probabilities."""
+    """Match the teacher's softened class probabilities; at several temperatures, their mean."""
 
-    def __init__(self, *, temperature: Positive = 4.0) -> None:
+    def __init__(self, *, temperature: Positive | list[Positive] = 4.0) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperatures = temperature if isinstance(temperature, list) else [temperature]
+        if not self.temperatures:
+            raise RecipeError("kd: temperature: an empty list", hint="temperature: 4, or [2, 4, 8]")
 
     @property
     def needs_tail(self) -> bool:
         """At T = 1 the mass is where the teacher's first classes are; above, the tail counts."""
-        return self.temperature > 1
+        return max(self.temperatures) > 1
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None
-        return kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        losses = [
+            kd_loss(student.logits, teacher.softened(temperature), temperature=temperature)
+            for temperature in self.temperatures
+        ]
+        return torch.stack(losses).mean(dim=0) if len(losses) > 1 else losses[0]
