@@ -46,13 +46,7 @@ def match(
     assert pair.teacher is not None
     if pairs is not None:
         return [(_named(pair.student, own), _named(pair.teacher, other)) for own, other in pairs]
-    own, other = (_chosen(network, stages) for network in (pair.student, pair.teacher))
-    if not own or not other:
-        raise IncompatibleError(
-            f"student {pair.student.model} has {len(own)} grids of features and teacher "
-            f"{pair.teacher.model} {len(other)}: there is nothing to compare",
-            hint="terms on logits and on `pooled` work for every pair",
-        )
+    own, other = (chosen(network, stages) for network in (pair.student, pair.teacher))
     stepped = not (pair.student.blocks or pair.teacher.blocks)
     if len(own) > len(other):
         return [(a, b) for b, a in _cheapest(other, own, stepped)]
@@ -145,10 +139,20 @@ def common(own: Grid, other: Grid, kind: Literal["min", "max"]) -> Grid:
     return pick(own[0], other[0]), pick(own[1], other[1])
 
 
-def _chosen(network: Anatomy, stages: Stages) -> list[Site]:
+def chosen(network: Anatomy, stages: Stages) -> list[Site]:
+    """A network's sites at the ends of its stages, or of what stands for them.
+
+    Raises:
+        IncompatibleError: If it has no grid of features.
+    """
     if network.blocks:
         indices = {_at(depth, len(network.blocks)) for depth in _DEPTHS[stages]}
         return [network.blocks[index] for index in sorted(indices)]
+    if not network.stages:
+        raise IncompatibleError(
+            f"{network.model} has no grids of features",
+            hint="terms on logits and on `pooled` work for every pair",
+        )
     return list(network.stages[-_LAST[stages] :])
 
 

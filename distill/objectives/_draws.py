@@ -24,9 +24,17 @@ def uniform(batch: Batch, count: int, *, salt: int) -> Float[Tensor, "B count"]:
         salt: Tells terms apart.
     """
     state = _mix(_next(torch.full_like(batch.ids, salt).long(), batch.ids))
-    state = _mix(_next(state, batch.views))[:, None]
-    numbers = torch.arange(count, device=batch.ids.device)
-    bits = _mix(_next(state, numbers)) & ((1 << 24) - 1)
+    return _numbers(_mix(_next(state, batch.views)), count)
+
+
+def uniform_of(step: Tensor, count: int, *, salt: int) -> Float[Tensor, " count"]:
+    """Numbers in [0, 1) that a step draws for all its samples, on every process the same."""
+    return _numbers(_mix(_next(torch.full_like(step, salt), step)), count)
+
+
+def _numbers(state: Tensor, count: int) -> Tensor:
+    numbers = torch.arange(count, device=state.device)
+    bits = _mix(_next(state[..., None], numbers)) & ((1 << 24) - 1)
     return bits.float() / (1 << 24)
 
 

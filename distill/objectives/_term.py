@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +16,12 @@ class Reads(NamedTuple):
 
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, str]]) -> Reads:
+        """The taps of pairs of a student's and a teacher's, each once."""
+        own, other = (tuple(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
+        return cls(own, other)
 
 
 class Term(nn.Module, ABC):

@@ -70,7 +70,7 @@ def divergence(log_p: Float[Tensor, "B K"], log_q: Float[Tensor, "B K"]) -> Floa
 
 
 class DKD(Term):
-    """Match the label against the rest, and the rest among itself; rise the weight in warm-up."""
+    """Match the label against the rest, and the rest among itself; ramp its weight up first."""
 
     needs_labels = True
 

@@ -77,12 +77,8 @@ class Features(Term):
     def connect(self, pair: Pair) -> None:
         """Choose the pairs of sites, and build a projector for each."""
         matched = match(pair, self.stages, self.pairs)
-        own, other = zip(*matched, strict=True)
-        self.reads = Reads(
-            tuple(dict.fromkeys(site.name for site in own)),
-            tuple(dict.fromkeys(site.name for site in other)),
-        )
         self.matched = [(a.name, b.name) for a, b in matched]
+        self.reads = Reads.of(self.matched)
         self.bridges = nn.ModuleList()
         self.targets = nn.ModuleList()
         for a, b in matched:

@@ -63,7 +63,7 @@ def _among(z: Float[Tensor, "B K"], kept: Tensor) -> Float[Tensor, "B K"]:
 
 
 class RLD(Term):
-    """Match what the teacher says where the label bears it out; rise the weight in warm-up."""
+    """Match what the teacher says where the label bears it out; ramp its weight up first."""
 
     needs_labels = True
 

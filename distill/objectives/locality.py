@@ -1,0 +1,68 @@
+"""A small CNN shows a ViT the local features of its stages, where images are few.
+
+Li, Wang, Yang, Chen, Zhang, Ouyang: Locality Guidance for Improving Vision Transformers on Tiny
+Datasets, ECCV 2022, arXiv:2207.10026.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distill.component import Stages
+from distill.objectives._align import Resample, common, match
+from distill.objectives._term import Reads, Term
+from distill.types import Batch, Outputs, Pair
+
+
+def locality_loss(
+    student: Float[Tensor, "B C h w"], teacher: Float[Tensor, "B C h w"]
+) -> Float[Tensor, " B"]:
+    """Mean squared error of two grids of features, over cells and channels.
+
+    Args:
+        student: Projected features of the student.
+        teacher: Those of the teacher, as they are. They get no gradient.
+
+    Returns:
+        One value a sample.
+    """
+    return (student.float() - teacher.detach().float()).square().mean(dim=(1, 2, 3))
+
+
+class Locality(Term):
+    """Match three stages on the finer grid, added up; a usual weight is 2.5."""
+
+    def __init__(self, *, stages: Stages = "lg", pairs: list[list[str]] | None = None) -> None:
+        super().__init__()
+        self.stages: Stages = stages
+        self.pairs = pairs
+
+    @property
+    def needs_tail(self) -> bool:
+        """It reads no classes at all."""
+        return False
+
+    def connect(self, pair: Pair) -> None:
+        """Choose the pairs of sites; each gets one matrix of its own for the channels."""
+        matched = match(pair, self.stages, self.pairs)
+        self.matched = [(own.name, other.name) for own, other in matched]
+        self.reads = Reads.of(self.matched)
+        self.bridges, self.targets = nn.ModuleList(), nn.ModuleList()
+        for own, other in matched:
+            grid = common(own.grid, other.grid, "max")
+            channels = nn.Conv2d(own.channels, other.channels, 1)
+            resample = Resample(own.grid, grid, bilinear=True)
+            self.bridges.append(nn.Sequential(channels, resample))
+            self.targets.append(Resample(other.grid, grid, bilinear=True))
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        assert teacher is not None
+        losses = [
+            locality_loss(bridge(student.read(own)), target(teacher.read(other)))
+            for (own, other), bridge, target in zip(
+                self.matched, self.bridges, self.targets, strict=True
+            )
+        ]
+        return torch.stack(losses).sum(dim=0)
