@@ -6,8 +6,8 @@
 The teachers are trained once, by `recipes/fashion-mnist/teacher-{cnn,vit}.yaml`, on all 54,000
 images. A student sees 1,000 images of Fashion-MNIST in ten views each; a seed decides which images,
 their views, their order and the initial weights. All methods of a seed share these, and the number
-of steps. Logits come from a cache, what is inside of a teacher from the teacher itself. Whatever is
-done already is not done again.
+of steps. Logits, features and attention come from a cache. Whatever is done already is not done
+again.
 """
 
 from __future__ import annotations
@@ -35,15 +35,23 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 5e-4, "warmup_epochs": 2},
     },
     "vit": {
-        "student": {"model": "vit", "width": 64, "depth": 4, "heads": 4},
+        "student": {"model": "vit", "patch_size": 7, "width": 64, "depth": 4, "heads": 4},
         "optimizer": {
             "name": "adamw",
-            "lr": 1e-3,
+            "lr": 2e-3,
             "weight_decay": 0.05,
-            "warmup_epochs": 4,
+            "warmup_epochs": 6,
             "clip_norm": 1.0,
         },
     },
+}
+KEPT = {  # all that any of the methods reads inside of the teacher
+    "cnn": ["pooled", "layer1", "layer2", "layer3"],
+    "vit": [
+        "pooled",
+        *(f"blocks.{i}" for i in (0, 1, 3, 4, 5)),
+        *(f"blocks.{i}.attention@attention" for i in (4, 5)),
+    ],
 }
 DIRECTIONS = ("cnn-to-cnn", "cnn-to-vit", "vit-to-vit", "vit-to-cnn")
 
@@ -127,13 +135,13 @@ def recipe(direction: str, method: str, seed: int, root: str, out: Path) -> Reci
         **STUDENTS[student],
         "objective": terms,
         "cache": {"views": 10},
-        "train": {"epochs": 40, "batch_size": 100, "eval_epochs": 40, "seed": seed},
+        "train": {"epochs": 60, "batch_size": 100, "eval_epochs": 60, "seed": seed},
     }
     if method == "token":
         sections["student"] = {**sections["student"], "pool": "distill"}
     if taught:
         sections["cache"]["path"] = str(out / f"cache-{teacher}-{seed}")
-        sections["cache"]["features"] = ["pooled"]
+        sections["cache"]["features"] = KEPT[teacher]
     path = out / f"{direction}.yaml"
     path.write_text(yamlio.dump(sections))
     return Recipe.load(path)
