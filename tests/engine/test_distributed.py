@@ -95,6 +95,34 @@ def test_two_processes_fill_and_read_a_cache_as_one_does(
         assert _largest_difference(tmp_path / "alone", Path(other)) <= 1e-5
 
 
+def test_terms_that_compare_images_or_learn_something_see_the_whole_batch(
+    recipes: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    start = PLAIN.index("objective:")
+    objective = (
+        "objective: [{term: ce}, {term: features, weight: 0.3}, {term: dist}, {term: relations}, "
+        "{term: rkd, weight: 0.1}, {term: infonce, weight: 0.1}, "
+        "{term: crd, weight: 0.1, negatives: 16, dim: 8}, {term: ctkd}]\n"
+    )
+    text = PLAIN[:start] + objective + PLAIN[PLAIN.index("optimizer:") :]
+    recipe = recipes(student=text)
+    train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(Recipe.load(recipe), one)
+    assert launch.spawn(2, ["train", str(recipe), "--out", str(two)]) == 0
+    assert _largest_difference(one, two) <= 2e-4
+    rows, expected = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (two, one)
+    )
+    trained = [pair for pair in zip(rows, expected, strict=True) if pair[0]["split"] == "train"]
+    assert len(trained) == 4
+    for row, told in trained:
+        for name in ("features", "dist", "relations", "rkd", "infonce", "crd", "ctkd"):
+            assert row[name] == pytest.approx(told[name], rel=2e-3, abs=1e-5)
+
+
 def test_torchrun_and_accelerate_launch_start_it_as_it_is(
     recipes: Callable[..., Path], tmp_path: Path
 ) -> None:
