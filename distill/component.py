@@ -144,7 +144,9 @@ def check(keys: type[BaseModel], arguments: Any) -> list[tuple[Location, str]]:
         keys.model_validate(arguments)
     except ValidationError as error:
         problems = {_place(e, arguments): _message(e, keys) for e in reversed(error.errors())}
-        return list(reversed(problems.items()))  # the branches of a union share one place
+        # The branches of a union share one place; one that came further says more.
+        shallow = {place[:i] for place in problems for i in range(len(place))}
+        return [problem for problem in reversed(problems.items()) if problem[0] not in shallow]
     return []
 
 

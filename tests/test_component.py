@@ -109,6 +109,7 @@ class Outer(BaseModel, **component._STRICT):
     inner: list[Inner] = []
     rate: Positive = 1.0
     name: str | None = None
+    sizes: Positive | list[Positive] = 1.0
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,10 @@ class Outer(BaseModel, **component._STRICT):
         ({"rate": "fast"}, ("rate",), "valid number, got 'fast'"),
         ({"rate": True}, ("rate",), "valid number, got True"),
         ({"rate": -1}, ("rate",), "greater than 0, got -1"),
-        ({"zzz": 1}, ("zzz",), "unknown key; known: inner, rate, name"),
+        ({"zzz": 1}, ("zzz",), "unknown key; known: inner, rate, name, sizes"),
+        ({"sizes": 0}, ("sizes",), "greater than 0, got 0"),
+        ({"sizes": [1, 0]}, ("sizes", 1), "greater than 0, got 0"),
+        ({"sizes": "a"}, ("sizes",), "valid number, got 'a'"),
         ({"name": 3}, ("name",), "valid string, got 3"),
         (7, (), "got 7"),
     ],
@@ -133,7 +137,7 @@ def test_a_fault_is_named_by_place_and_kind(data: Any, place: Any, what: str) ->
 
 
 def test_sound_data_have_no_faults() -> None:
-    assert component.check(Outer, {"inner": [{"size": 2}], "rate": 3}) == []
+    assert component.check(Outer, {"inner": [{"size": 2}], "rate": 3, "sizes": [1, 2]}) == []
 
 
 def test_the_nearest_name_or_all_of_them() -> None:

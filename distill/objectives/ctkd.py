@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.component import Fraction, NonNegative, Positive
+from distill.errors import RecipeError
 from distill.objectives._term import Term
 from distill.objectives.kd import kd_loss
 from distill.types import Batch, Outputs
@@ -37,8 +38,12 @@ class CTKD(Term):
     ) -> None:
         super().__init__()
         self.least, self.span, self.warmup, self.most = least, span, warmup, most
-        part = min(max((start - least) / span, 1e-3), 1 - 1e-3)
-        self.theta = nn.Parameter(torch.tensor(math.log(part / (1 - part))))
+        if not least < start < least + span:
+            raise RecipeError(
+                f"ctkd: start: {start:g} is no temperature between {least:g} and {least + span:g}",
+                hint="start lies above least and below least + span",
+            )
+        self.theta = nn.Parameter(torch.tensor(math.log((start - least) / (least + span - start))))
         # In a tensor, so that compiled code sees a number change and not itself.
         self.register_buffer("strength", torch.zeros(()), persistent=False)
 
@@ -56,6 +61,7 @@ class CTKD(Term):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None
         temperature = self.temperature()
+        # An ensemble's mean is that of this T; θ hears it as one teacher's logits.
         return kd_loss(
             student.logits, teacher.softened(temperature.detach()), temperature=temperature
         )

@@ -73,8 +73,8 @@ class DIST(Term):
 
     @property
     def needs_tail(self) -> bool:
-        """At T = 1 small probabilities correlate little; above, the tail counts."""
-        return self.temperature > 1
+        """A class counts as much as any other over images, however small its probabilities are."""
+        return self.temperature > 1 or self.gamma > 0
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None

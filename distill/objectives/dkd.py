@@ -27,8 +27,8 @@ def dkd_loss(
     """T² (α KL(b_t ‖ b_s) + β KL(p̂_t ‖ p̂_s)): the label against the rest, and within the rest.
 
     b = (p_y, 1 − p_y) and p̂ is the softmax over the other classes alone, both at T. With α = 1 and
-    β = 1 − b_t,rest this is plain distillation, which forgets the second part just where the
-    teacher is sure.
+    β = 1 − p_t,y this is plain distillation, which forgets the second part just where the teacher
+    is sure.
 
     Args:
         student: Student logits.

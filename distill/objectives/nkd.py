@@ -23,6 +23,7 @@ def nkd_loss(
     *,
     temperature: float,
     gamma: float,
+    softened: Float[Tensor, "B K"] | None = None,
 ) -> Float[Tensor, " B"]:
     """−t_y log s_y − γ T² Σ_{k≠y} t̂_k log ŝ_k.
 
@@ -35,15 +36,16 @@ def nkd_loss(
         target: Class y of every sample.
         temperature: T > 0 of the second part.
         gamma: Weight of the second part.
+        softened: Logits that speak for the teacher at T, where they are others, as an ensemble's.
 
     Returns:
         One value a sample, in nats.
     """
-    own, other = student.float(), teacher.detach().float()
-    label = target[:, None]
-    sure = other.softmax(dim=1).gather(1, label)
+    own, label = student.float(), target[:, None]
+    sure = teacher.detach().float().softmax(dim=1).gather(1, label)
     first = -(sure * F.log_softmax(own, dim=1).gather(1, label))[:, 0]
     log_s = F.log_softmax(without(own, target) / temperature, dim=1)
+    other = (teacher if softened is None else softened).detach().float()
     t = F.softmax(without(other, target) / temperature, dim=1)
     return first - gamma * temperature**2 * (t * log_s).sum(dim=1)
 
@@ -65,4 +67,5 @@ class NKD(Term):
             batch.labels.argmax(dim=1),  # of mixed labels the larger
             temperature=self.temperature,
             gamma=self.gamma,
+            softened=teacher.softened(self.temperature),
         )

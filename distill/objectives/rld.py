@@ -25,6 +25,7 @@ def rld_loss(
     sample_temperature: float,
     alpha: float,
     beta: float,
+    softened: Float[Tensor, "B K"] | None = None,
 ) -> Float[Tensor, " B"]:
     """α τ² KL(b_t ‖ b_s) + β T² KL(p̂_t ‖ p̂_s), refined by the label y.
 
@@ -41,6 +42,7 @@ def rld_loss(
         sample_temperature: τ > 0.
         alpha: Weight of the first part.
         beta: Weight of the second.
+        softened: Logits that speak for the teacher at T, where they are others, as an ensemble's.
 
     Returns:
         One value a sample, in nats times τ² and T².
@@ -50,7 +52,8 @@ def rld_loss(
     sure = label_and_rest(other / tau, other.argmax(dim=1))
     first = divergence(sure, label_and_rest(own / tau, target))
     below = other < other.gather(1, target[:, None])
-    log_p, log_q = (_among(z / temperature, below) for z in (other, own))
+    soft = other if softened is None else softened.detach().float()
+    log_p, log_q = (_among(z / temperature, below) for z in (soft, own))
     second = torch.where(below, log_p.exp() * (log_p - log_q), 0.0).sum(dim=1)
     return alpha * tau**2 * first + beta * temperature**2 * second
 
@@ -83,10 +86,11 @@ class RLD(Term):
         assert teacher is not None
         return rld_loss(
             student.logits,
-            teacher.logits,
+            teacher.softened(self.sample_temperature),
             batch.labels.argmax(dim=1),  # of mixed labels the larger
             temperature=self.temperature,
             sample_temperature=self.sample_temperature,
             alpha=self.alpha,
             beta=self.beta,
+            softened=teacher.softened(self.temperature),
         )

@@ -36,8 +36,8 @@ def test_what_is_listed_is_what_there_is(distill: Callable[..., Result]) -> None
 
 def test_a_table_for_people(distill: Callable[..., Result]) -> None:
     out = distill("list", "terms").stdout
-    assert "Match the teacher's softened class probabilities." in out
-    assert "float, > 0" in out
+    assert "Match the teacher's softened class probabilities; at several temperatures," in out
+    assert "float, > 0 | list of float, > 0; default 4.0" in out
     assert re.search(r"guidance .*\n +for +vit to any", out)
     assert re.search(r"ce +Match the labels\. *\n +for +any pair", out)
     out = distill("list", "models").stdout

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from distill import component
-from distill.errors import RecipeError
+from distill.errors import IncompatibleError, RecipeError
 from distill.objectives._term import Term
 from distill.objectives.ctkd import CTKD
 from distill.objectives.dist import dist_loss
@@ -23,7 +24,7 @@ from distill.objectives.tfkd import tfkd_loss
 from distill.objectives.token import Token
 from distill.objectives.ttm import ttm_loss
 from distill.objectives.wttm import wttm_loss
-from distill.types import Batch, Outputs
+from distill.types import Anatomy, Batch, Outputs, Pair
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -188,14 +189,16 @@ def test_standardised_logits_forget_the_teachers_scale_and_offset() -> None:
     )
 
 
-@pytest.mark.parametrize(("classes", "temperature"), [(10, 1.21), (100, 2.00), (1000, 4.33)])
+@pytest.mark.parametrize(
+    ("classes", "temperature"), [(2, 3.49), (3, 1.58), (10, 1.21), (100, 2.00), (1000, 4.33)]
+)
 def test_the_usual_temperature_gives_the_surest_class_sixty_per_cent(
     classes: int, temperature: float
 ) -> None:
     assert usual_temperature(classes) == pytest.approx(temperature, abs=0.01)
     z = torch.eye(classes)[:1].double()
     z = (z - z.mean()) / z.std(correction=0)
-    assert 0.59 < float(softmax(z, usual_temperature(classes)).max()) < 0.64
+    assert 0.59 < float(softmax(z, usual_temperature(classes)).max()) < 0.66
 
 
 def test_a_power_of_probabilities_is_a_factor_of_logits() -> None:
@@ -266,6 +269,32 @@ def test_several_temperatures_are_averaged() -> None:
         KD(temperature=[])
 
 
+@pytest.mark.parametrize("name", ["dkd", "nkd", "rld"])
+def test_of_a_mixed_label_the_larger_counts(name: str) -> None:
+    student, teacher, labels = draw(13, 8, 5)
+    told, sure = (Outputs(student), Outputs(teacher)), one_hot(labels, 5)
+    mixed = 0.7 * sure + 0.3 * sure.roll(1, 1)
+    found = term(name)(*told, batch(mixed))
+    torch.testing.assert_close(found, term(name)(*told, batch(sure)))
+    assert not torch.allclose(found, term(name)(*told, batch(sure.roll(1, 1))))
+
+
+def test_over_images_even_classes_that_no_teacher_ranks_high_count() -> None:
+    student, noise, labels = draw(14, 64, 200)
+    told = 2 / 3 * student + 12 * one_hot(labels, 200)
+    student = told + noise / 3
+    top = told.softmax(dim=1).topk(10)  # nine tenths of the mass
+    rest = (1 - top.values.sum(dim=1, keepdim=True)) / 190
+    cut = rest.expand(-1, 200).scatter(1, top.indices, top.values).log()
+    for beta, gamma, tail in ((1, 0, False), (0, 1, True)):
+        found, exact = (
+            float(dist_loss(student, teacher, temperature=1, beta=beta, gamma=gamma).mean())
+            for teacher in (cut, told)
+        )
+        assert (abs(found / exact - 1) > 0.3) is tail
+        assert term("dist", beta=beta, gamma=gamma).needs_tail is tail
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_an_ensemble_pulls_as_its_members_do_together(temperature: float) -> None:
     student, _, labels = draw(7, 8, 10)
@@ -291,6 +320,39 @@ def test_an_ensemble_pulls_as_its_members_do_together(temperature: float) -> Non
     torch.testing.assert_close(found, mixed, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_members_are_softened_before_they_are_averaged(seed: int) -> None:
+    student, _, labels = draw(seed, 16, 6)
+    members = [Outputs(draw(20 + 3 * seed + i, 16, 6)[1]) for i in range(3)]
+    shares = (0.5, 0.3, 0.2)
+    ensemble = Outputs(members[0].logits, members=tuple(members), shares=shares)
+    ensemble = ensemble._replace(logits=ensemble.softened(1.0))
+    told, data = (Outputs(student), ensemble), batch(one_hot(labels, 6))
+
+    def mean(i: int, temperature: float) -> Tensor:
+        speak = [softmax(member.logits[i].double(), temperature) for member in members]
+        return sum((p * share for p, share in zip(speak, shares, strict=True)), torch.zeros(()))
+
+    nkd, rld, dkd = [], [], []
+    for i, y in enumerate(labels.tolist()):
+        z, once, soft = student[i].double(), mean(i, 1.0), mean(i, 4.0)
+        others = [k for k in range(6) if k != y]
+        among = softmax(z[others], 4.0)
+        rest = soft[others] / soft[others].sum()
+        nkd.append(-once[y] * softmax(z)[y].log() - 1.5 * 16 * (rest * among.log()).sum())
+        own, sure = softmax(z, 4.0)[y], soft[y]
+        binary = kl(torch.stack([sure, 1 - sure]), torch.stack([own, 1 - own]))
+        dkd.append(16 * (binary + 8 * kl(rest, among)))
+        own, sure = softmax(z)[y], once.max()
+        first = kl(torch.stack([sure, 1 - sure]), torch.stack([own, 1 - own]))
+        below = [k for k in range(6) if once[k] < once[y]]
+        among = kl(soft[below] / soft[below].sum(), softmax(z[below], 4.0)) if below else 0.0
+        rld.append(first + 8 * 16 * among)
+    for name, rows in (("nkd", nkd), ("rld", rld), ("dkd", dkd)):
+        found = term(name, temperature=4.0)(*told, data).double()
+        torch.testing.assert_close(found, torch.stack(rows), rtol=2e-4, atol=2e-4)
+
+
 def test_the_learned_temperature_works_against_the_student() -> None:
     student, teacher, labels = draw(11, 16, 10)
     told, data = (Outputs(student), Outputs(teacher)), batch(one_hot(labels, 10))
@@ -309,6 +371,37 @@ def test_the_learned_temperature_works_against_the_student() -> None:
         reversed_ = -strength * float(theta.grad)
         assert float(ctkd.theta.grad) == pytest.approx(reversed_, rel=1e-3, abs=1e-6)
     torch.testing.assert_close(ctkd(*told, data), kd_loss(student, teacher, temperature=4.0))
+
+
+def test_the_learned_temperature_is_kept_and_its_strength_is_not_compiled_in() -> None:
+    student, teacher, labels = draw(11, 16, 10)
+    told, data = (Outputs(student), Outputs(teacher)), batch(one_hot(labels, 10))
+    ctkd = CTKD(warmup=0.1)
+    assert set(ctkd.state_dict()) == {"theta"}  # the strength follows from the progress
+    counted = CompileCounter()
+    compiled = torch.compile(ctkd, fullgraph=True, backend=counted)
+    pulls = []
+    for progress in (0.01, 0.05, 0.1):
+        ctkd.set_progress(progress)
+        ctkd.zero_grad()
+        compiled(*told, data).mean().backward()
+        pulls.append(float(ctkd.theta.grad))  # type: ignore[arg-type]
+    assert counted.frame_count == 1
+    assert 0 < pulls[0] / pulls[2] < pulls[1] / pulls[2] < 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("start", [0.5, 1.0, 21.0, 50.0])
+def test_a_start_outside_of_the_temperatures_is_refused(start: float) -> None:
+    with pytest.raises(RecipeError, match=rf"start: {start:g} is no temperature between 1 and 21"):
+        term("ctkd", start=start)
+
+
+def test_a_student_without_a_token_is_refused() -> None:
+    plain, other = (Anatomy(n, 6, n == "distilled", {}, (), (), ()) for n in ("vit", "distilled"))
+    Token().connect(Pair(other, plain, 10, torch.arange(4)))
+    with pytest.raises(IncompatibleError, match="vit has no distillation token"):
+        Token().connect(Pair(plain, other, 10, torch.arange(4)))
 
 
 def test_the_token_hears_the_teacher_and_the_class_head_does_not() -> None:
