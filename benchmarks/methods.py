@@ -40,7 +40,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
             "name": "adamw",
             "lr": 2e-3,
             "weight_decay": 0.05,
-            "warmup_epochs": 6,
+            "warmup_epochs": 4,
             "clip_norm": 1.0,
         },
     },
@@ -135,7 +135,7 @@ def recipe(direction: str, method: str, seed: int, root: str, out: Path) -> Reci
         **STUDENTS[student],
         "objective": terms,
         "cache": {"views": 10},
-        "train": {"epochs": 60, "batch_size": 100, "eval_epochs": 60, "seed": seed},
+        "train": {"epochs": 40, "batch_size": 100, "eval_epochs": 40, "seed": seed},
     }
     if method == "token":
         sections["student"] = {**sections["student"], "pool": "distill"}
