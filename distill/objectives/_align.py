@@ -89,11 +89,13 @@ class Resample(nn.Module):
         self.register_buffer("columns", columns, persistent=False)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C m n"]:
+        x = x.float()
         if self.same:
             return x
         if self.bilinear:
             return nn.functional.interpolate(x, self.target, mode="bilinear")
-        return self.rows @ x @ self.columns.T
+        with torch.autocast(x.device.type, enabled=False):  # it would average in half precision
+            return self.rows @ x @ self.columns.T
 
 
 class ResampleMaps(nn.Module):
@@ -115,14 +117,15 @@ class ResampleMaps(nn.Module):
         self.register_buffer("keys", torch.kron(*dealt), persistent=False)
 
     def forward(self, maps: Float[Tensor, "B A Q K"]) -> Float[Tensor, "B A M N"]:
-        p = self.front
-        grid = self.queries @ maps[..., p:, p:] @ self.keys
-        if p and self.prefix:
-            seen = self.queries @ maps[..., p:, :p].sum(dim=-1, keepdim=True)
-            look = maps[..., :p, p:].mean(dim=-2, keepdim=True) @ self.keys
-            own = maps[..., :p, :p].sum(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)
-            grid = torch.cat([torch.cat([own, look], -1), torch.cat([seen, grid], -1)], -2)
-        return grid / grid.sum(dim=-1, keepdim=True).clamp_min(1e-8)
+        with torch.autocast(maps.device.type, enabled=False):  # rows would not sum to 1
+            p = self.front
+            grid = self.queries @ maps[..., p:, p:] @ self.keys
+            if p and self.prefix:
+                seen = self.queries @ maps[..., p:, :p].sum(dim=-1, keepdim=True)
+                look = maps[..., :p, p:].mean(dim=-2, keepdim=True) @ self.keys
+                own = maps[..., :p, :p].sum(dim=-1, keepdim=True).mean(dim=-2, keepdim=True)
+                grid = torch.cat([torch.cat([own, look], -1), torch.cat([seen, grid], -1)], -2)
+            return grid / grid.sum(dim=-1, keepdim=True).clamp_min(1e-8)
 
 
 def shared(source: int, target: int) -> Float[Tensor, "m n"]:

@@ -5,12 +5,15 @@ Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017, arXiv:1612.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.component import Stages
+from distill.errors import IncompatibleError
 from distill.objectives._align import Resample, common, match
 from distill.objectives._term import Reads, Term
 from distill.types import Batch, Outputs, Pair
@@ -53,13 +56,25 @@ class AT(Term):
         return False
 
     def connect(self, pair: Pair) -> None:
-        """Choose the pairs of sites, and their common grids."""
-        matched = match(pair, self.stages, self.pairs)
-        self.matched = [(own.name, other.name) for own, other in matched]
+        """Choose the pairs of sites, and their common grids; on one cell all maps are alike.
+
+        Raises:
+            IncompatibleError: If no two sites have more than one cell in common.
+        """
+        matched = [
+            (own, other, grid)
+            for own, other in match(pair, self.stages, self.pairs)
+            if math.prod(grid := common(own.grid, other.grid, "min")) > 1
+        ]
+        if not matched:
+            raise IncompatibleError(
+                "the two have one cell in common, which says of no place that it is strong",
+                hint="stages: all, or term features",
+            )
+        self.matched = [(own.name, other.name) for own, other, _ in matched]
         self.reads = Reads.of(self.matched)
-        grids = [(a.grid, b.grid, common(a.grid, b.grid, "min")) for a, b in matched]
-        self.bridges = nn.ModuleList(Resample(own, grid) for own, _, grid in grids)
-        self.targets = nn.ModuleList(Resample(other, grid) for _, other, grid in grids)
+        self.bridges = nn.ModuleList(Resample(own.grid, grid) for own, _, grid in matched)
+        self.targets = nn.ModuleList(Resample(other.grid, grid) for _, other, grid in matched)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None

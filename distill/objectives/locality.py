@@ -7,28 +7,13 @@ Datasets, ECCV 2022, arXiv:2207.10026.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.component import Stages
 from distill.objectives._align import Resample, common, match
 from distill.objectives._term import Reads, Term
+from distill.objectives.features import features_loss
 from distill.types import Batch, Outputs, Pair
-
-
-def locality_loss(
-    student: Float[Tensor, "B C h w"], teacher: Float[Tensor, "B C h w"]
-) -> Float[Tensor, " B"]:
-    """Mean squared error of two grids of features, over cells and channels.
-
-    Args:
-        student: Projected features of the student.
-        teacher: Those of the teacher, as they are. They get no gradient.
-
-    Returns:
-        One value a sample.
-    """
-    return (student.float() - teacher.detach().float()).square().mean(dim=(1, 2, 3))
 
 
 class Locality(Term):
@@ -60,7 +45,7 @@ class Locality(Term):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None
         losses = [
-            locality_loss(bridge(student.read(own)), target(teacher.read(other)))
+            features_loss(bridge(student.read(own)), target(teacher.read(other)), kind="mse")
             for (own, other), bridge, target in zip(
                 self.matched, self.bridges, self.targets, strict=True
             )

@@ -31,11 +31,15 @@ def locality_penalty_loss(
         One value a sample, the mean over heads and rows: 0 where every cell looks at itself alone,
         1 where it looks at all.
     """
-    return (maps.float() * distances).sum(dim=-1).mean(dim=(1, 2)) / distances.mean()
+    uniform = distances.mean().clamp_min(1e-8)  # 0 where there is one cell
+    return (maps.float() * distances).sum(dim=-1).mean(dim=(1, 2)) / uniform
 
 
 class LocalityPenalty(Term):
-    """Have the student's tokens look at what is near; no teacher; a usual weight is 0.1 to 1."""
+    """Have the student's tokens look at what is near; no teacher; a usual weight is 0.1 to 1.
+
+    The larger the weight, the shorter the distance over which a trained student's tokens look.
+    """
 
     needs_teacher = False
     directions = "any to vit"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.component import Positive, Stages
@@ -20,26 +20,26 @@ from distill.types import Batch, Outputs, Pair, Site
 def ofa_loss(
     student: Float[Tensor, "B K"],
     teacher: Float[Tensor, "B K"],
-    labels: Float[Tensor, "B K"],
+    target: Int[Tensor, " B"],
     *,
     epsilon: float,
 ) -> Float[Tensor, " B"]:
-    """−Σ_c ((t_c + y_c)^ε − y_c) log s_c: soft labels that lean on the true class as ε grows.
+    """−((1 + t_y)^ε − 1) log s_y − Σ_k≠y t_k^ε log s_k: the true class counts more as ε grows.
 
-    At ε = 1 it is cross-entropy with the teacher's classes; above, what the label adds to the true
-    class is more than itself.
+    t and s are the probabilities of the classes. At ε = 1 it is cross-entropy with the teacher's.
 
     Args:
         student: Logits of the student, or of one of its stages.
         teacher: Teacher logits over the same classes. They get no gradient.
-        labels: Class probabilities y: one-hot, or mixed by mixup and cutmix.
-        epsilon: Power, at least 1.
+        target: Class y of every sample.
+        epsilon: Power ε > 0, in the paper 1 to 1.5.
 
     Returns:
         One value a sample, in nats.
     """
     t = F.softmax(teacher.detach().float(), dim=1)
-    weight = (t + labels) ** epsilon - labels
+    y = torch.zeros_like(t).scatter(1, target[:, None], 1.0)
+    weight = (t + y) ** epsilon - y
     return -(weight * F.log_softmax(student.float(), dim=1)).sum(dim=1)
 
 
@@ -52,6 +52,11 @@ class OFA(Term):
         super().__init__()
         self.epsilon = epsilon
         self.stages: Stages = stages
+
+    @property
+    def needs_tail(self) -> bool:
+        """At ε of 1 and more the mass is where the teacher's first classes are."""
+        return self.epsilon < 1
 
     def connect(self, pair: Pair) -> None:
         """Build a head for each of the student's stages; of the teacher only logits are read."""
@@ -66,7 +71,9 @@ class OFA(Term):
             head(student.read(name))
             for head, name in zip(self.heads, self.reads.student, strict=True)
         ]
-        losses = [ofa_loss(z, teacher.logits, batch.labels, epsilon=self.epsilon) for z in told]
+        # A mixed y would leave classes with less than no weight; of mixed labels the larger counts.
+        target = batch.labels.argmax(dim=1)
+        losses = [ofa_loss(z, teacher.logits, target, epsilon=self.epsilon) for z in told]
         return torch.stack(losses).sum(dim=0)
 
 

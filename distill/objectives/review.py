@@ -86,7 +86,10 @@ class Review(Term):
 
 
 class _Fusion(nn.Module):
-    """A stage and what was mixed of the later ones, each weighted in every cell by the two."""
+    """A stage and what was mixed of the later ones, each weighted in every cell by the two.
+
+    GroupNorm stands where the paper has BatchNorm: an image's loss is its own.
+    """
 
     def __init__(
         self, channels: int, target: int, width: int, bridge: Resample, later: Resample | None
