@@ -11,8 +11,8 @@ from distill import component
 from distill.errors import IncompatibleError
 from distill.models import backbones, cost
 
-# Parameters and multiply-adds of the literature's definitions (RepDistiller, mdistiller), for
-# 100 classes and images of 32 px.
+# Parameters and multiply-adds of the literature's definitions (RepDistiller, mdistiller, AlterNet's
+# authors), for 100 classes and images of 32 px.
 KNOWN = {
     "resnet8": (83_892, 12_507_392),
     "resnet14": (181_108, 26_663_168),
@@ -31,8 +31,9 @@ KNOWN = {
     "mobilenetv2_half": (812_836, 6_523_648),
     "shufflenetv1": (949_258, 38_691_456),
     "shufflenetv2": (1_355_528, 44_504_448),
+    "alternet_18": (9_499_063, 498_059_264),
 }
-# The first two of ten logits of RepDistiller's own networks, in float64, with the weights of
+# The first two of ten logits of the same definitions' own networks, in float64, with the weights of
 # `wavy` and the image sin(0.1 n), n = 0, 1, ... over channels, rows and columns.
 LOGITS = {
     ("resnet8", 32): (0.020568, 0.0447849),
@@ -54,13 +55,16 @@ LOGITS = {
     ("mobilenetv2_half", 32): (0.0596372, 0.0660792),
     ("shufflenetv1", 32): (-11.6418, 32.5647),
     ("shufflenetv2", 32): (0.077463, 0.231373),
+    ("alternet_18", 32): (0.426009, 0.326862),
+    ("alternet_18", 224): (2.75126, 1.87769),
 }
+CONTROLS = {"convnext_atto", "convnext_femto", "row_gru", "mlp"}
 TRANSFORMERS = {"vit", "vit_tiny", "vit_small", "convit_tiny", "crate_tiny", "swin_tiny"}
 ZOO = sorted(component.find("models.zoo"))
 
 
 def test_every_network_is_known_to_the_recipe() -> None:
-    assert set(ZOO) == {*KNOWN, *TRANSFORMERS}
+    assert set(ZOO) == {*KNOWN, *TRANSFORMERS, *CONTROLS}
     assert all(definition.summary for definition in component.find("models.zoo").values())
 
 

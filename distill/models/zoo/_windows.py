@@ -51,26 +51,26 @@ class WindowAttention(nn.Module):
         self.qkv = linear(width, 3 * width)
         self.proj = linear(width, width)
         # Made anew with every network, so not part of its weights.
-        self.register_buffer("index", _relative(self.window_size), persistent=False)
-        mask = _reachable(grid, self.window_size, self.shift_size)
+        self.register_buffer("index", relative(self.window_size), persistent=False)
+        mask = reachable(grid, self.window_size, self.shift_size)
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Float[Tensor, "B N D"], grid: Size) -> Float[Tensor, "B N D"]:
         shift = _where_larger(grid, self.window_size, self.shift_size)
         mask = self.mask
         if grid != self.grid:
-            mask = _reachable(grid, self.window_size, shift)
+            mask = reachable(grid, self.window_size, shift)
         x = torch.unflatten(x, 1, grid)
         down, right = (-n % side for n, side in zip(grid, self.window_size, strict=True))
         x = F.pad(x, (0, 0, 0, right, 0, down))
         padded = (grid[0] + down, grid[1] + right)
-        x = _deal(x.roll((-shift[0], -shift[1]), (1, 2)), self.window_size)
+        x = deal(x.roll((-shift[0], -shift[1]), (1, 2)), self.window_size)
         q, k, v = split(self.qkv(x), self.heads, 3)
         bias = self.bias_table[self.index].movedim(-1, 0)
         if mask is not None:
             bias = torch.where(mask.to(x.device), bias, float("-inf"))
         x = self.proj(join(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
-        x = _collect(x, self.window_size, padded).roll(shift, (1, 2))
+        x = collect(x, self.window_size, padded).roll(shift, (1, 2))
         return x[:, : grid[0], : grid[1]].flatten(1, 2)
 
 
@@ -80,13 +80,13 @@ def _where_larger(grid: Size, window: Size, shift: Size) -> Size:
     return rows, columns
 
 
-def _deal(x: Float[Tensor, "B H W D"], window: Size) -> Float[Tensor, "B windows n D"]:
+def deal(x: Float[Tensor, "B H W D"], window: Size) -> Float[Tensor, "B windows n D"]:
     """The cells of each window by themselves, windows row by row."""
     x = torch.unflatten(torch.unflatten(x, 2, (-1, window[1])), 1, (-1, window[0]))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _collect(
+def collect(
     x: Float[Tensor, "B windows n D"], window: Size, grid: Size
 ) -> Float[Tensor, "B H W D"]:
     """The grid of which these are the windows."""
@@ -94,7 +94,7 @@ def _collect(
     return torch.unflatten(x, 3, window).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _relative(window: Size) -> Int[Tensor, "n n"]:
+def relative(window: Size) -> Int[Tensor, "n n"]:
     """Which row of the bias table holds the offset from a window's key to its query."""
     rows, columns = window
     row = torch.arange(rows).repeat_interleave(columns)
@@ -104,7 +104,7 @@ def _relative(window: Size) -> Int[Tensor, "n n"]:
     return down * (2 * columns - 1) + right
 
 
-def _reachable(grid: Size, window: Size, shift: Size) -> Bool[Tensor, "windows 1 n n"] | None:
+def reachable(grid: Size, window: Size, shift: Size) -> Bool[Tensor, "windows 1 n n"] | None:
     """Which keys a query may attend to; None: to all of its window.
 
     Cells of a window are told apart by whether they were rolled in from above, from the left, or
@@ -120,5 +120,5 @@ def _reachable(grid: Size, window: Size, shift: Size) -> Bool[Tensor, "windows 1
     (above, below), (left, beyond) = kinds
     kind = above[:, None] + 2 * left
     kind = torch.where(below[:, None] | beyond, 4, kind)
-    kind = _deal(kind[None, :, :, None], window)[0]
+    kind = deal(kind[None, :, :, None], window)[0]
     return (kind == kind.transpose(1, 2))[:, None]

@@ -14,28 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.models.zoo._init import he_normal
-
-
-class _Block(nn.Module):
-    """Pre-activation: where the shape changes, the shortcut starts behind the first ReLU."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.convShortcut = (
-            nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
-            if in_channels != channels
-            else None
-        )
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        active = F.relu(self.bn1(x))
-        shortcut = x if self.convShortcut is None else self.convShortcut(active)
-        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return y + shortcut
+from distill.models.zoo._preactivation import PreactivationBlock
 
 
 class _WideResNet(nn.Module):
@@ -61,8 +40,8 @@ class _WideResNet(nn.Module):
 
 def _stage(in_channels: int, channels: int, *, stride: int, blocks: int) -> nn.Sequential:
     layers = nn.Sequential(
-        _Block(in_channels, channels, stride),
-        *(_Block(channels, channels, 1) for _ in range(blocks - 1)),
+        PreactivationBlock(in_channels, channels, stride),
+        *(PreactivationBlock(channels, channels, 1) for _ in range(blocks - 1)),
     )
     return nn.Sequential(OrderedDict(layer=layers))
 
