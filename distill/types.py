@@ -97,7 +97,7 @@ class Anatomy(NamedTuple):
     width: int  # of `pooled`, the vector that its classifier reads; 0: it has no classifier
     token: bool  # whether it has a distillation token with a head of its own
     sites: dict[str, Site]  # every module that gives a grid, in the order they are computed
-    stages: tuple[Site, ...]  # the last of each stride; where there is one stride, the last alone
+    stages: tuple[Site, ...]  # where a stride ends with most of the network; or the last block
     blocks: tuple[Site, ...]  # equal ones in a row at one stride, such as a ViT's; else empty
     attention: tuple[AttentionSite, ...]  # in the order they are computed
 

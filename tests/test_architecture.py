@@ -173,3 +173,21 @@ def test_every_option_of_every_command_has_help() -> None:
     found = dict(options())
     assert len(found) > 20
     assert [name for name, text in found.items() if not (text and text.endswith("."))] == []
+
+
+def test_every_term_has_a_row_of_formula_source_use_cost_and_measurement() -> None:
+    lines = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    found = {row[0].strip("| `"): row[1:] for row in rows if row[0].startswith(("`", "| `"))}
+    assert set(component.find("objectives")) <= set(found)
+    for name in component.find("objectives"):
+        assert len(found[name]) == 8, name
+        assert all(found[name]), name
+        assert "](https://arxiv.org/abs/" in found[name][1]
+        assert float(found[name][3]) > 0
+
+
+def test_what_pages_point_to_is_there() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -66,6 +66,7 @@ class _Map(NamedTuple):
 
 class _Trace(NamedTuple):
     calls: list[_Call]
+    entered: dict[str, Size]  # by module, the grid that it was given
     maps: list[_Map]
     dropped: list[_Map]
     layers: int
@@ -80,7 +81,7 @@ def examine(backbone: nn.Module, image: Size) -> Examined:
     """
     trace = _run(backbone, image)
     sites = {call.name: _site(call, trace, image) for call in trace.calls}
-    stages = [sites[call.name] for call in _stages(trace.calls)]
+    stages = [sites[call.name] for call in _stages(trace)]
     blocks = [sites[call.name] for call in _blocks(backbone, trace)]
     if stages and blocks and blocks[-1].grid == stages[-1].grid:
         stages = [blocks[-1]]
@@ -128,22 +129,25 @@ def _run(backbone: nn.Module, image: Size) -> _Trace:
     with torch.no_grad(), watch:
         backbone.eval()(images)
     if hasattr(backbone, "reroll"):  # Hiera's tokens are not in the order of the image
-        return _Trace([], [], [], layers)
+        return _Trace([], {}, [], [], layers)
     usual = {}  # the layout of each class of modules, where it is beyond doubt
     candidates = [layouts(gave, image) if gave[:1] == (BATCH,) else [] for *_, gave, _, _ in shapes]
     for (_, module, *_), found in zip(shapes, candidates, strict=True):
         if len(found) == 1:
             usual[type(module)] = found[0].kind
-    calls = {}
+    calls, entered = {}, {}
     for (name, module, given, _, begun, done), found in zip(shapes, candidates, strict=True):
-        if found and name:
-            kind = usual.get(type(module))
-            left = next((layout for layout in found if layout.kind == kind), found[0])
-            entered = layouts(given, image) if given[:1] == (BATCH,) else []
-            same = [layout.grid for layout in entered if layout.kind == left.kind]
-            grid = same[0] if same else (entered[0].grid if entered else None)
-            calls[name] = _Call(name, module, grid, left, begun, done)
-    return _Trace(list(calls.values()), maps, dropped, layers)
+        kind = usual.get(type(module))
+        left = next(
+            (layout for layout in found if layout.kind == kind), found[0] if found else None
+        )
+        came = layouts(given, image) if given[:1] == (BATCH,) else []
+        same = [layout for layout in came if left and layout.kind == left.kind]
+        if came:
+            entered[name] = (same or came)[0].grid
+        if left and name and done:  # before the first layer there are but pixels
+            calls[name] = _Call(name, module, entered.get(name), left, begun, done)
+    return _Trace(list(calls.values()), entered, maps, dropped, layers)
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -166,16 +170,16 @@ def _site(call: _Call, trace: _Trace, image: Size) -> Site:
     )
 
 
-def _stages(calls: list[_Call]) -> list[_Call]:
+def _stages(trace: _Trace) -> list[_Call]:
     """For each grid the module that ends there with most of the network in it.
 
     That is the stage, and not what normalises, widens or halves its output for the next. A grid of
     one cell is what is left after pooling, unless there is no other.
     """
-    inside = _inside(calls)
-    outside = [call for call in calls if call.name not in inside]
+    inside = _inside(trace)
+    outside = [call for call in trace.calls if call.name not in inside]
     wide = [call for call in outside if math.prod(call.left.grid) > 1]
-    between = _between(calls)
+    between = _between(trace.calls)
     best: dict[Size, tuple[bool, int]] = {}
     chosen: dict[Size, _Call] = {}
     for call in wide or outside:
@@ -200,14 +204,18 @@ def _between(calls: list[_Call]) -> set[str]:
     }
 
 
-def _inside(calls: list[_Call]) -> set[str]:
-    """Modules that compute on another grid inside of one that leaves its own as it was."""
-    keeps = {call.name: call.left.grid for call in calls if call.entered == call.left.grid}
+def _inside(trace: _Trace) -> set[str]:
+    """Modules that compute on another grid inside of one that leaves its own as it was.
+
+    Or on a finer one than that was given, which are rather the tokens of each head.
+    """
+    keeps = {call.name: call.left.grid for call in trace.calls if call.entered == call.left.grid}
     return {
         call.name
-        for call in calls
+        for call in trace.calls
         for holder in _around(call.name)
         if keeps.get(holder, call.left.grid) != call.left.grid
+        or math.prod(trace.entered.get(holder, call.left.grid)) < math.prod(call.left.grid)
     }
 
 
@@ -259,6 +267,8 @@ def _attention(
         if place is None:
             continue
         prefix, queries, keys, dealt = place
+        if 1 in (math.prod(queries), math.prod(keys)):  # of one cell it says nothing
+            continue
         tap = owner + ATTENTION
         depth = last.done / max(trace.layers, 1)
         site = AttentionSite(tap, last.shape[-3], queries, keys, prefix, depth)
@@ -270,9 +280,8 @@ def _place(
 ) -> tuple[int, Size, Size, Windows | None] | None:
     """Tokens in front, grids of queries and keys, and windows; None where it is not understood."""
     if dealt is not None and around is not None:
-        cells = dealt.cells(around.grid)
-        count = math.prod(shape[:-3]) // BATCH
-        if math.prod(shape[:-3]) % BATCH == 0 and (count, shape[-1]) == tuple(cells.shape):
+        count, tokens = dealt.cells(around.grid).shape
+        if (math.prod(shape[:-3]), *shape[-2:]) == (BATCH * count, tokens, tokens):
             return 0, around.grid, around.grid, dealt
     if len(shape) != 4 or shape[0] != BATCH or around is None:
         return None

@@ -27,21 +27,22 @@ class Windows(NamedTuple):
     size: Size  # of a window, in cells
     shift: Size  # by which the grid is rolled up and left before
     dilated: bool  # a window's cells are spread evenly over the whole grid
+    early: bool  # it is rolled before it is padded, not after
 
     def cells(self, grid: Size) -> Tensor:
         """Which cell each window's tokens are, (windows, tokens); −1 where it is padding."""
-        padded = [
-            math.ceil(cells / side) * side for cells, side in zip(grid, self.size, strict=True)
-        ]
-        rows, columns = (torch.arange(n) for n in padded)
-        index = rows[:, None] * grid[1] + columns
-        index = torch.where((rows[:, None] < grid[0]) & (columns < grid[1]), index, -1)
-        shifts = [
-            -shift if n > side else 0  # one window needs no shift, and gets none
-            for shift, n, side in zip(self.shift, padded, self.size, strict=True)
-        ]
-        index = index.roll(shifts, dims=(0, 1))
         height, width = self.size
+        index = torch.arange(grid[0] * grid[1]).reshape(grid)
+        if self.early:
+            index = index.roll((-self.shift[0], -self.shift[1]), dims=(0, 1))
+        index = F.pad(index, (0, -grid[1] % width, 0, -grid[0] % height), value=-1)
+        padded = index.shape
+        if not self.early:
+            shifts = [
+                -shift if n > side else 0  # one window needs no shift, and gets none
+                for shift, n, side in zip(self.shift, padded, self.size, strict=True)
+            ]
+            index = index.roll(shifts, dims=(0, 1))
         if self.dilated:
             steps = padded[0] // height, padded[1] // width
             parts = index.reshape(height, steps[0], width, steps[1]).permute(1, 3, 0, 2)
@@ -106,7 +107,11 @@ def _rows(
     exact = nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False)
     with exact:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
         logits = (query.float() * scale) @ key.float().transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.ones_like(logits, dtype=torch.bool).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             logits = logits.masked_fill(~attn_mask, float("-inf"))
         elif attn_mask is not None:
@@ -118,11 +123,13 @@ def windows(modules: Sequence[nn.Module], tokens: int) -> Windows | None:
     """How a layer deals out cells, read off the modules around it, innermost first.
 
     Swin's layers and ours say `window_size` and `shift_size`, Twins' say `ws`, MaxViT's that they
-    partition. None where nobody says: the layer attends globally.
+    partition. None where nobody says, or says 0: the layer attends globally. A layer that shifts by
+    itself, torchvision's or ours, pads before; where the block around it does, timm's, it is padded
+    behind.
 
     Args:
         modules: The one that makes the map, and those around it.
-        tokens: Of a window; one that is partitioned evenly is a square.
+        tokens: Of a window; one that is partitioned evenly is a square if nobody says more.
     """
     size = shift = None
     dilated = False
@@ -130,12 +137,13 @@ def windows(modules: Sequence[nn.Module], tokens: int) -> Windows | None:
         kind = getattr(module, "partition_type", None)
         size = size or getattr(module, "window_size", None) or getattr(module, "ws", None)
         if kind is not None or hasattr(module, "partition_block"):
-            size = size or math.isqrt(tokens)
+            size = size or getattr(module, "partition_size", None) or math.isqrt(tokens)
             dilated = kind == "grid" or getattr(module, "partition_block", None) is False
         shift = shift or getattr(module, "shift_size", None)
-    if size is None:
+    if size is None or 0 in _pair(size):
         return None
-    return Windows(_pair(size), _pair(shift or 0), dilated)
+    early = not hasattr(modules[0], "shift_size")
+    return Windows(_pair(size), _pair(shift or 0), dilated, early)
 
 
 def _pair(value: Any) -> Size:
@@ -156,7 +164,6 @@ def spread(maps: Float[Tensor, "W A n n"], cells: Tensor, count: int) -> Float[T
     num_windows, tokens = cells.shape
     maps = maps.reshape(-1, num_windows, *maps.shape[-3:])
     batch, _, heads = maps.shape[:3]
-    cells = cells.to(maps.device)
     place = torch.where(cells < 0, count, cells)  # padding goes to a cell that is cut off
     whole = maps.new_zeros(batch, heads, count + 1, count + 1)
     rows = place[:, :, None].expand(-1, -1, tokens)

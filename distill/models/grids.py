@@ -90,6 +90,8 @@ def _fits(grid: Size, image: Size) -> bool:
     """Whether some stride gives this grid, were it rounded up or down."""
     if any(cells > pixels for cells, pixels in zip(grid, image, strict=True)):
         return False
+    if image[0] == image[1]:  # equal sides are rounded alike
+        return grid[0] == grid[1]
     least = max(pixels / (cells + 1) for cells, pixels in zip(grid, image, strict=True))
     bounds = [p / (c - 1) if c > 1 else float("inf") for c, p in zip(grid, image, strict=True)]
     return least < min(bounds)

@@ -100,8 +100,8 @@ class Network(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Outputs:
         """Logits of images in [0, 1]: backbone((resize(images) − mean) / std)."""
-        if self.input_size is not None and images.shape[-1] != self.input_size:
-            size = (self.input_size, self.input_size)
+        size = None if self.input_size is None else (self.input_size, self.input_size)
+        if size is not None and images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         self._seen["image"] = images.shape[-2:]
         logits = self.backbone((images - self.mean) / self.std)

@@ -8,6 +8,7 @@ it, (B, A, P + h*w, P + h*w), every row of which sums to 1.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,8 +56,9 @@ def attach(
         modules[module].register_forward_hook(_Whole(seen, name))
     else:
         known = [*examined.sites, *examined.maps]
+        near = difflib.get_close_matches(name, known, n=1) or known[:30]  # all are hundreds
         raise IncompatibleError(
-            f"no module {name!r} in {type(backbone).__name__}" + suggestion(name, known[:30]),
+            f"no module {name!r} in {type(backbone).__name__}" + suggestion(name, near),
             hint="pooled is the vector that the classifier reads, in every network",
         )
 
@@ -130,7 +132,11 @@ class _Map(_Hook):
 
     def made(self, rows: Tensor) -> None:
         if not self.mixed:
-            self.seen[self.name] = rows if self.cells is None else spread(rows, *self.cells)
+            if self.cells is not None:
+                cells, count = self.cells
+                self.cells = (cells.to(rows.device), count)  # once; then it is there
+                rows = spread(rows, self.cells[0], count)
+            self.seen[self.name] = rows
 
     def dropped(self, rows: Tensor) -> None:
         if self.mixed:

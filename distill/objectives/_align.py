@@ -112,9 +112,9 @@ class ResampleMaps(nn.Module):
         super().__init__()
         self.front, self.prefix = site.prefix, prefix
         averaged = [shared(n, m) * m for n, m in zip(site.queries, target, strict=True)]
-        dealt = [shared(n, m).T * n for n, m in zip(site.keys, target, strict=True)]
+        dealt = [shared(n, m) * n for n, m in zip(site.keys, target, strict=True)]
         self.register_buffer("queries", torch.kron(*averaged), persistent=False)
-        self.register_buffer("keys", torch.kron(*dealt), persistent=False)
+        self.register_buffer("keys", torch.kron(*dealt).T, persistent=False)
 
     def forward(self, maps: Float[Tensor, "B A Q K"]) -> Float[Tensor, "B A M N"]:
         with torch.autocast(maps.device.type, enabled=False):  # rows would not sum to 1
