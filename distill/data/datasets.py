@@ -229,7 +229,7 @@ def _ids(
     train = splits.subset(train, labels, data.fraction, data.seed)
     omitted = [i for i, name in enumerate(classes) if name in data.omit]
     train = train[~np.isin(labels[train], omitted)]
-    if not len(train):
+    if data.omit and not len(train):
         raise IncompatibleError("data.omit: leaves no image to train on")
     bad_ids = np.array(list(bad), np.int64)
     return np.setdiff1d(train, bad_ids), np.setdiff1d(val, bad_ids)
