@@ -30,6 +30,7 @@ class Term(nn.Module, ABC):
     needs_teacher: ClassVar[bool] = True  # False for a term that reads no teacher
     needs_labels: ClassVar[bool] = False
     needs_batch: ClassVar[bool] = False  # True where it compares the images of a batch
+    reads_classes: ClassVar[bool] = True  # False where it reads no logits of the teacher
     shows: ClassVar[bool] = False  # True where the student is shown other images besides
     directions: ClassVar[str] = "any"  # or which pairs it works for, such as "vit to cnn"
     reads: Reads = Reads()
@@ -37,7 +38,7 @@ class Term(nn.Module, ABC):
     @property
     def needs_tail(self) -> bool:
         """Whether it reads how the teacher ranks the classes that it thinks least of."""
-        return True
+        return self.reads_classes
 
     def connect(self, pair: Pair) -> None:  # most terms read logits alone
         """Choose what to read of the two networks, and build what is learned between them.

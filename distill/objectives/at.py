@@ -45,15 +45,12 @@ def energy(features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B h w"]:
 class AT(Term):
     """Match where features are strong, in stages of both networks; a usual weight is 1000."""
 
+    reads_classes = False
+
     def __init__(self, *, stages: Stages = "last2", pairs: list[list[str]] | None = None) -> None:
         super().__init__()
         self.stages: Stages = stages
         self.pairs = pairs
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Choose the pairs of sites, and their common grids; on one cell all maps are alike.

@@ -51,6 +51,7 @@ def attention_loss(
 class Attention(Term):
     """Match which cells look at which, in the last layers of both; a usual weight is 1."""
 
+    reads_classes = False
     directions = "vit to vit"
 
     def __init__(
@@ -64,11 +65,6 @@ class Attention(Term):
         self.kind: Literal["kl", "mse"] = kind
         self.count = 1 if layers == "last" else 2
         self.heads = heads
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Choose the layers, from the last of each backwards, and their common grid."""

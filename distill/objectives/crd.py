@@ -51,6 +51,7 @@ def crd_loss(
 class CRD(Term):
     """Tell each image by what the teacher saw of it, among many kept; a usual weight is 0.8."""
 
+    reads_classes = False
     needs_batch = True
     reads = Reads(("pooled",), ("pooled",))
 
@@ -70,11 +71,6 @@ class CRD(Term):
         super().__init__()
         self.dim, self.negatives = dim, negatives
         self.temperature, self.momentum = temperature, momentum
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Build a head for each side, and a memory of both sides' vectors of every image."""

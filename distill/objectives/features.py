@@ -52,6 +52,8 @@ def features_loss(
 class Features(Term):
     """Match the teacher's features on a common grid; a usual weight is 0.3 to 1."""
 
+    reads_classes = False
+
     def __init__(
         self,
         *,
@@ -68,11 +70,6 @@ class Features(Term):
         self.kind: Literal["cosine", "mse"] = kind
         self.grid: Literal["min", "max"] = grid
         self.pairs, self.standardise = pairs, standardise
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Choose the pairs of sites, and build a projector for each."""

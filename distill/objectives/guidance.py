@@ -51,6 +51,7 @@ def saliency_loss(
 class Guidance(Term):
     """Lead a CNN by a transformer's attention; a usual weight is 0.2, after the first tenth."""
 
+    reads_classes = False
     directions = "vit to any"
 
     def __init__(
@@ -58,11 +59,6 @@ class Guidance(Term):
     ) -> None:
         super().__init__()
         self.saliency, self.affinity, self.width = saliency, affinity, width
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Take the teacher's last map, and the student's last grid with more than one cell."""

@@ -54,17 +54,13 @@ def require_pooled(pair: Pair) -> None:
 class InfoNCE(Term):
     """Tell each image by what the teacher saw of it, among the batch; a usual weight 0.1 to 1."""
 
+    reads_classes = False
     needs_batch = True
     reads = Reads(("pooled",), ("pooled",))
 
     def __init__(self, *, dim: Count = 128, temperature: Positive = 0.1) -> None:
         super().__init__()
         self.dim, self.temperature = dim, temperature
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Build a head for each side: the student's is learned with it, the teacher's too.

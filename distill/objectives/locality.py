@@ -19,15 +19,12 @@ from distill.types import Batch, Outputs, Pair
 class Locality(Term):
     """Match three stages on the finer grid, added up; a usual weight is 2.5."""
 
+    reads_classes = False
+
     def __init__(self, *, stages: Stages = "lg", pairs: list[list[str]] | None = None) -> None:
         super().__init__()
         self.stages: Stages = stages
         self.pairs = pairs
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Choose the pairs of sites; each gets one matrix of its own for the channels."""

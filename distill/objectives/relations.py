@@ -49,13 +49,9 @@ def relations_loss(
 class Relations(Term):
     """Match the angles between images, as the teacher's classifier sees them; weight 1 to 10."""
 
+    reads_classes = False
     needs_batch = True
     reads = Reads(("pooled",), ("pooled",))
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None

@@ -49,15 +49,12 @@ def review_loss(
 class Review(Term):
     """Match stages, the student's later ones mixed into each; a usual weight is 0.5 to 1."""
 
+    reads_classes = False
+
     def __init__(self, *, stages: Stages = "all", width: Count = 64) -> None:
         super().__init__()
         self.stages: Stages = stages
         self.width = width
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Choose the pairs of sites, and build what mixes the student's from deep to shallow."""

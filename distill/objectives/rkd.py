@@ -70,6 +70,7 @@ def _angles(x: Float[Tensor, "B D"]) -> Float[Tensor, "B B B"]:
 class RKD(Term):
     """Match distances and angles between images; a usual weight is 1, with these two inside."""
 
+    reads_classes = False
     needs_batch = True
     reads = Reads(("pooled",), ("pooled",))
 
@@ -78,11 +79,6 @@ class RKD(Term):
     ) -> None:
         super().__init__()
         self.distance, self.angle, self.anchors = distance, angle, anchors
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         """A scalar over the whole batch; angles of `anchors` of its images.

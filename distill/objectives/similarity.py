@@ -42,13 +42,9 @@ def similarity_loss(
 class Similarity(Term):
     """Match which images the teacher finds alike; a usual weight is 3000."""
 
+    reads_classes = False
     needs_batch = True
     reads = Reads(("pooled",), ("pooled",))
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         assert teacher is not None

@@ -61,6 +61,7 @@ def hidden_cells(batch: Batch, grid: Grid, *, masked: float) -> Bool[Tensor, "B 
 class ViTKD(Term):
     """Mimic a ViT's first blocks and generate its last; a usual weight is 1, with these inside."""
 
+    reads_classes = False
     directions = "vit to vit"
 
     def __init__(
@@ -68,11 +69,6 @@ class ViTKD(Term):
     ) -> None:
         super().__init__()
         self.alpha, self.beta, self.masked = alpha, beta, masked
-
-    @property
-    def needs_tail(self) -> bool:
-        """It reads no classes at all."""
-        return False
 
     def connect(self, pair: Pair) -> None:
         """Take the first two blocks and the end of either; refuse networks that have stages."""

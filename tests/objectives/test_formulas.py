@@ -68,7 +68,8 @@ def test_kd(seed: int, temperature: float) -> None:
         divergence = sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
         plain.append(temperature**2 * divergence)
     found = kd_loss(student, teacher, temperature=temperature)
-    np.testing.assert_allclose(found.numpy(), plain, rtol=1e-4, atol=1e-5)
+    lost = 4e-7 * temperature**2  # float32 holds a logarithm to 1e-7, and T² multiplies that
+    np.testing.assert_allclose(found.numpy(), plain, rtol=1e-4, atol=max(lost, 1e-5))
 
 
 @settings(deadline=None, max_examples=50)
