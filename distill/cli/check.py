@@ -81,6 +81,7 @@ def _show(found: Rehearsal) -> None:
         first = f", will be trained first ({teacher['steps']:,} steps)"
         rows.append(("teacher", _cost(teacher) + (first if teacher["trained_first"] else "")))
     rows.append(("student", _cost(found.student)))
+    rows += [(name, f"reads {what}") for name, what in found.reads.items()]
     rows.append(
         (
             "training",

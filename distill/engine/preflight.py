@@ -27,6 +27,7 @@ from distill.engine.step import Distiller, train_step
 from distill.errors import DistillError, IncompleteError
 from distill.models import cost, weights
 from distill.models.network import Network
+from distill.objectives import Objective
 from distill.recipe import Data, Recipe
 from distill.recipe import Teacher as TeacherSpec
 from distill.teacher import Live, Teacher, unpack
@@ -64,6 +65,7 @@ class Rehearsal(NamedTuple):
     device_batch_size: int
     memory: Memory
     caches: list[dict[str, Any]]  # path, codec, views, units, missing and bytes of each teacher's
+    reads: dict[str, str]  # by term, what it reads inside of the networks
     checkpoint: int  # bytes of one; a run directory holds two, and a third while it is written
     warnings: list[str]
 
@@ -107,7 +109,8 @@ def _rehearse(
     student, teachers = _networks(recipe, path, devices, dataset)
     networks = [network for network, _ in teachers]
     caches = _caches(recipe, path, dataset, networks)
-    memory, checkpoint = _step(recipe, dataset, student, networks, batch_size // devices)
+    objective = objectives.build(recipe.objective)
+    memory, checkpoint = _step(recipe, dataset, student, networks, objective, batch_size // devices)
     if recipe.cache is not None and recipe.cache.path is not None and not recipe.cache.fill:
         memory = memory._replace(teachers=0)  # the cache answers for them
     plan = Rehearsal(
@@ -141,6 +144,7 @@ def _rehearse(
         device_batch_size=batch_size // devices,
         memory=memory,
         caches=caches,
+        reads={name: str(reads) for name, reads in objective.reads().items()},
         checkpoint=checkpoint,
         warnings=_warnings(recipe, dataset, student),
     )
@@ -208,10 +212,14 @@ def _cost(network: Network, image_size: int) -> dict[str, Any]:
 
 
 def _step(
-    recipe: Recipe, dataset: Dataset, student: Network, teachers: list[Network], images: int
+    recipe: Recipe,
+    dataset: Dataset,
+    student: Network,
+    teachers: list[Network],
+    objective: Objective,
+    images: int,
 ) -> tuple[Memory, int]:
     """Memory of a device that gets `images` of each batch, and bytes of a checkpoint."""
-    objective = objectives.build(recipe.objective)
     if objective.looks_inside:
         connect(objective, student, cached.anatomies(recipe, teachers), dataset)
     for i, network in enumerate(teachers):

@@ -174,6 +174,8 @@ def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
         f"student {student.model}: {cost.parameters(student):,} parameters, "
         f"{recipe.train.epochs:,} epochs of {session.loader.steps_per_epoch:,} steps"
     )
+    for name, reads in session.distiller.objective.reads().items():
+        console.say(f"{name} reads {reads}")
     micro_batches = here.micro_batches(recipe.train.batch_size)
     for name, term in session.distiller.objective.terms.items():
         if micro_batches > 1 and getattr(term, "needs_batch", False):

@@ -70,6 +70,10 @@ class Objective(nn.Module):
         """The other images that terms want the student to see, by term."""
         return {name: term.show(batch) for name, term in self._terms() if term.shows}
 
+    def reads(self) -> dict[str, Reads]:
+        """What each term reads inside of the networks; without those that read logits alone."""
+        return {name: term.reads for name, term in self._terms() if term.reads != Reads()}
+
     def student_taps(self) -> list[str]:
         """What the terms read of the student besides its logits."""
         return sorted({tap for _, term in self._terms() for tap in term.reads.student})

@@ -17,6 +17,13 @@ class Reads(NamedTuple):
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """As a clause: what of which side."""
+        sides = {"student": self.student, "teacher": self.teacher}
+        return ", ".join(
+            f"{' and '.join(taps)} of the {who}" for who, taps in sides.items() if taps
+        )
+
     @classmethod
     def of(cls, pairs: Sequence[tuple[str, str]]) -> Reads:
         """The taps of pairs of a student's and a teacher's, each once."""

@@ -215,3 +215,24 @@ def test_the_quickstart_as_a_user_runs_it(tmp_path: Path) -> None:
     done = process("check", "quickstart.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "digits: 10 classes" in done.stdout
+
+
+def test_what_terms_read_inside_of_the_networks_is_told(
+    distill: Callable[..., Result], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = write_recipe(
+        "teacher.yaml", data={"name": "digits", "fraction": 0.1}, student={"model": "resnet8"}
+    )
+    recipe = write_recipe(
+        data={"name": "digits", "fraction": 0.1},
+        teachers=[{"recipe": str(teacher)}],
+        student={"model": "vit", "patch_size": 2, "width": 16, "depth": 6, "heads": 2},
+        objective=[{"term": "ce"}, {"term": "features"}, {"term": "relations"}],
+    )
+    seen = found(distill("check", recipe, "--json"))
+    assert seen["reads"] == {
+        "features": "blocks.4 and blocks.5 of the student, layer2 and layer3 of the teacher",
+        "relations": "pooled of the student, pooled of the teacher",
+    }
+    shown = " ".join(distill("check", recipe).stdout.split())
+    assert f"features reads {seen['reads']['features']}" in shown
