@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from datetime import timedelta
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def work(rank: int, folder: Path) -> None:
     )
     for name in NAMES:
         torch.save(train(name, rank, PROCESSES), folder / f"{name}-{rank}.pt")
+    dist.barrier()  # a process that leaves while another still talks to it may be aborted
+    gc.collect()  # DDP's reducers have threads of their own
     dist.destroy_process_group()
 
 
