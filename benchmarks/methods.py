@@ -190,10 +190,12 @@ def one(direction: str, method: str, seed: int, root: str, out: Path) -> float:
     """The student's test accuracy after the last epoch, in per cent."""
     slug = method.replace(",", "").replace(" ", "-").replace("=", "")
     run = out / direction / f"{slug}-{seed}"
+    known = (run / "result.json").exists()
     result = train(recipe(direction, method, seed, root, out), run)
-    with (out / "results.jsonl").open("a") as file:
-        row = {"direction": direction, "method": method, "seed": seed, "top1": result.top1}
-        file.write(json.dumps(row) + "\n")
+    if not known:
+        with (out / "results.jsonl").open("a") as file:
+            row = {"direction": direction, "method": method, "seed": seed, "top1": result.top1}
+            file.write(json.dumps(row) + "\n")
     return 100 * result.top1
 
 

@@ -35,6 +35,8 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 Stages = Literal["last2", "all", "lg", "penultimate"]
 Projector = Literal["linear", "mlp", "conv", "attention", "orthogonal"]
 
+LISTED = 40  # known names that an error shows: a network's modules can be thousands
+
 Location = tuple[str | int, ...]  # keys and list positions from the top of the data
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -151,11 +153,12 @@ def check(keys: type[BaseModel], arguments: Any) -> list[tuple[Location, str]]:
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """A clause that names the known name nearest to `name`, or lists them all."""
+    """A clause that names the known name nearest to `name`, or lists the first of them."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    more = f" and {len(known) - LISTED:,} more" if len(known) > LISTED else ""
+    return f"; known: {', '.join(known[:LISTED])}{more}" if known else ""
 
 
 def _place(error: ErrorDetails, data: Any) -> Location:

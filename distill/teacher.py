@@ -85,9 +85,11 @@ class Ensemble:
     def __call__(self, batch: Batch) -> Outputs:
         """The weighted mean of the members, as logits, and what each of them says."""
         answers = tuple(member(batch) for member in self.members)
-        logs = [answer.logits.float().log_softmax(dim=-1) for answer in answers]
         if self.mean == "logit":
-            weighted = [log * share for log, share in zip(logs, self.shares, strict=True)]
+            weighted = [
+                answer.logits.float().log_softmax(dim=-1) * share
+                for answer, share in zip(answers, self.shares, strict=True)
+            ]
             return Outputs(torch.stack(weighted).sum(dim=0), members=answers)
         mixed = Outputs(answers[0].logits, members=answers, shares=tuple(self.shares))
         return mixed._replace(logits=mixed.softened(1.0))

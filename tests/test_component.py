@@ -144,3 +144,12 @@ def test_the_nearest_name_or_all_of_them() -> None:
     assert component.suggestion("resnet_20", ["resnet20", "vit"]) == "; did you mean 'resnet20'?"
     assert component.suggestion("zzz", ["a", "b"]) == "; known: a, b"
     assert component.suggestion("zzz", []) == ""
+
+
+def test_an_error_lists_some_of_very_many_names() -> None:
+    names = [f"m{i:04}" for i in range(1000)]
+    said = component.suggestion("zzz", names)
+    assert said.startswith("; known: m0000, m0001")
+    assert said.endswith("m0039 and 960 more")
+    assert component.suggestion("zzz", names[:3]) == "; known: m0000, m0001, m0002"
+    assert component.suggestion("m0999x", names) == "; did you mean 'm0999'?"

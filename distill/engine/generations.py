@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -38,7 +37,10 @@ def last(recipe: Recipe, out: Path) -> Recipe:
         name = run_of(out, number - 1).name
         train = recipe.train.model_copy(update={"seed": recipe.train.seed + number - 1})
         teachers = [Teacher.model_validate({"recipe": found, "name": name})]
-        found = alone.model_copy(update={"teachers": teachers, "train": train})
+        # One of the recipe's several teachers can be named in the first generation alone.
+        terms = [spec.model_copy(update={"teacher": None}) for spec in recipe.objective]
+        changes = {"teachers": teachers, "train": train, "objective": terms}
+        found = alone.model_copy(update=changes)
     return found
 
 
@@ -72,5 +74,6 @@ class _Together(nn.Module):
         self.networks = nn.ModuleList(networks)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Outputs:
-        answers = [network(images).logits.float().log_softmax(dim=-1) for network in self.networks]
-        return Outputs(torch.stack(answers).logsumexp(dim=0))
+        members = tuple(network(images) for network in self.networks)
+        shares = (1 / len(members),) * len(members)
+        return Outputs(Outputs(members[0].logits, members=members, shares=shares).softened(1.0))

@@ -8,7 +8,6 @@ it, (B, A, P + h*w, P + h*w), every row of which sums to 1.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,9 +55,8 @@ def attach(
         modules[module].register_forward_hook(_Whole(seen, name))
     else:
         known = [*examined.sites, *examined.maps]
-        near = difflib.get_close_matches(name, known, n=1) or known[:30]  # all are hundreds
         raise IncompatibleError(
-            f"no module {name!r} in {type(backbone).__name__}" + suggestion(name, near),
+            f"no module {name!r} in {type(backbone).__name__}" + suggestion(name, known),
             hint="pooled is the vector that the classifier reads, in every network",
         )
 

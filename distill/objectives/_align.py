@@ -167,7 +167,7 @@ def _named(network: Anatomy, name: str) -> Site:
     if name not in network.sites:
         raise IncompatibleError(
             f"{network.model} has no module {name!r} that gives a grid of features"
-            + suggestion(name, list(network.sites)[:30])
+            + suggestion(name, list(network.sites))
         )
     return network.sites[name]
 

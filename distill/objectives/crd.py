@@ -98,7 +98,7 @@ class CRD(Term):
         own = torch.searchsorted(self.ids, batch.ids)
         count = self.memory.shape[1]
         # The same for all anchors: a draw for each would fill memory with B times as many vectors.
-        drawn = (uniform_of(self.step, self.negatives, salt=3) * count).long()
+        drawn = (uniform_of(self.step, self.negatives, salt=3) * count).long().clamp_max(count - 1)
         same = drawn == own[:, None]
         losses = []
         with torch.autocast(units[0].device.type, enabled=False):

@@ -130,3 +130,18 @@ def test_it_is_rehearsed_and_a_cache_is_refused(
     assert list(tmp_path.glob("run*")) == []
     with pytest.raises(RecipeError, match="each of the generations has a teacher of its own"):
         born_again("cache={path: runs/cache}")
+
+
+def test_a_term_names_a_teacher_of_the_first_generation_alone(
+    born_again: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = born_again(
+        "generations=2",
+        "teachers=[{weights: a}, {weights: b}]",
+        "objective.1.teacher=1",
+    )
+    final = last(recipe, tmp_path / "run")
+    first = final.teachers[0].recipe
+    assert first is not None
+    assert [spec.teacher for spec in first.objective] == [None, 1]
+    assert [spec.teacher for spec in final.objective] == [None, None]
