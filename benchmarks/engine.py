@@ -4,7 +4,7 @@
 
 Both train the same network on the same random images of CIFAR's shape, in memory as uint8, cropped
 and flipped by one gather and normalised in the network, and on the same labels, as probabilities.
-Ours is `distill.engine.train.fit` as `distill train` calls it, with its rows of metrics, schedules
+Ours is `distill.engine.fit.fit` as `distill train` calls it, with its rows of metrics, schedules
 and final checkpoint; the bare loop is forward, backward, step. Variants take turns; ratios and
 differences are of neighbours in time. Times are CPU time of the process on one thread, so that
 other work on the machine counts little.
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from distill import console
 from distill.engine import machine
+from distill.engine.fit import Training, fit
+from distill.engine.monitor import Display
 from distill.engine.run import Run
 from distill.engine.session import Session, prepare
-from distill.engine.train import fit
 from distill.recipe import Recipe
 
 IMAGES = 2_000
@@ -79,7 +80,9 @@ def ours(recipe: Recipe, folder: Path) -> Callable[[], float]:
         session = prepare(recipe, path, here)
         with machine.stop_request() as stop:
             began = time.process_time()
-            fit(recipe, Run(path), session, here, stop)
+            training = Training(recipe, Run(path), session, here)
+            with Display(path.name, 0, training.total, recipe.train.batch_size) as display:
+                fit([training], here, stop, display, path=path)
             return time.process_time() - began
 
     return run

@@ -63,6 +63,30 @@ class Cached:
         return Outputs(outputs.logits, more | (outputs.features or {}))
 
 
+class Once:
+    """A teacher that is asked once about a batch, however many students want to know.
+
+    Args:
+        teacher: Who is asked.
+        pieces: Micro-batches of a batch, whose answers are kept until the next ones.
+    """
+
+    def __init__(self, teacher: Teacher, pieces: int) -> None:
+        self.teacher, self.pieces = teacher, pieces
+        self._told: dict[tuple[int, int], tuple[Batch, Outputs]] = {}
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """What the teacher says, or has said already of these very images."""
+        # Rows of one batch are other tensors for each student, and the same memory; as long as the
+        # batch is kept here, nothing else can lie there.
+        place = batch.images.data_ptr(), len(batch.images)
+        if place not in self._told:
+            if len(self._told) == self.pieces:
+                del self._told[next(iter(self._told))]
+            self._told[place] = batch, self.teacher(batch)
+        return self._told[place][1]
+
+
 class Ensemble:
     """Several teachers as one classifier.
 

@@ -251,7 +251,7 @@ def test_a_run_with_projectors_goes_on_as_if_it_had_not_stopped(
             signal.raise_signal(signal.SIGTERM)
         return train_step(*parts, **keys)
 
-    monkeypatch.setattr("distill.engine.train.train_step", stopping)
+    monkeypatch.setattr("distill.engine.fit.train_step", stopping)
     for _ in range(2):
         with pytest.raises(Stopped):
             train(three, tmp_path / "cut" / "run", workers=0)

@@ -22,7 +22,7 @@ from distill.engine.canaries import canaries_file, check_canaries, precision, re
 from distill.errors import IdentityError, IncompatibleError, IncompleteError
 from distill.models import cost, weights
 from distill.models.network import Network, on_meta
-from distill.objectives import Objective
+from distill.objectives import Objective, taps
 from distill.recipe import Recipe
 from distill.teacher import FEATURE, Cached, Live, Teacher
 from distill.types import Anatomy, Site
@@ -205,7 +205,7 @@ def open_caches(
     recipe: Recipe,
     dataset: Dataset,
     networks: Sequence[Network],
-    objective: Objective,
+    heard: Sequence[Objective],
     device: torch.device,
 ) -> Opened:
     """The recipe's caches, every one compared with what the recipe would make today.
@@ -214,7 +214,7 @@ def open_caches(
         recipe: Has a `cache.path`.
         dataset: What is trained on.
         networks: The teachers; none where the cache stands for them.
-        objective: What reads the answers.
+        heard: The objectives that read the answers.
         device: Where the canaries are made again.
 
     Raises:
@@ -240,14 +240,15 @@ def open_caches(
             )
         require_identity(recipe, dataset, network, there, store)
         read.require_complete(store, there, num_views)
-        require_usable(there, objective)
+        for objective in heard:
+            require_usable(there, objective)
         reader = Reader(store, there, num_views=num_views)
         mixes = there.identity["data"]["mixed"] is not None
         reader.require(dataset.train_ids, exact=mixes)
         said = check_canaries(store, there, recipe, dataset, network, device)
         found.warnings.extend(said)
         index = write.read_index(store, there)
-        live = _live(objective.teacher_taps(i), there, network, device)
+        live = _live(taps(heard, i), there, network, device)
         if network is not None and live is None:
             network.to("meta")  # it has said all that it is asked: its memory is the student's
         member = Cached(there.codec, there.num_classes, prefix=prefix(i), live=live)

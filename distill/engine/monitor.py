@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -137,34 +137,49 @@ class _Bar:
 
 
 class Display(_Bar):
-    """A progress bar on a terminal; elsewhere one plain line every ten seconds."""
+    """A progress bar on a terminal; elsewhere one plain line every ten seconds.
 
-    def __init__(self, name: str, done: int, total: int, batch_size: int, epoch: int) -> None:
+    Attributes:
+        epoch: The one in work, counted from 1.
+
+    Args:
+        name: Begins every line.
+        done: Steps done before.
+        total: Steps of all students, over all that the command trains.
+        batch_size: Images a step.
+    """
+
+    def __init__(self, name: str, done: int, total: int, batch_size: int) -> None:
         super().__init__()
-        self.name, self.total, self.batch_size, self.epoch = name, total, batch_size, epoch
-        self.began_at, self.began, self.shown = done, time.monotonic(), time.monotonic()
+        self.name, self.total, self.batch_size, self.epoch = name, total, batch_size, 1
+        self.began_at = self.done = done
+        self.began = self.shown = time.monotonic()
         self.text = ""
         self.task = self.bar.add_task(name, total=total, completed=done, text="")
 
-    def losses(self, means: Mapping[str, float]) -> None:
-        """Show these means until the next ones."""
-        loss, *parts = [f"{name} {value:.3f}" for name, value in means.items()]
-        self.text = f"{loss} ({' '.join(parts)})" if len(parts) > 1 else loss
+    def losses(self, means: Sequence[Mapping[str, float]]) -> None:
+        """Show these means, one of each student, until the next ones."""
+        if len(means) == 1:
+            loss, *parts = [f"{name} {value:.3f}" for name, value in means[0].items()]
+            self.text = f"{loss} ({' '.join(parts)})" if len(parts) > 1 else loss
+        elif losses := [one["loss"] for one in means if one]:
+            self.text = f"{len(means)} students, loss {min(losses):.3f} to {max(losses):.3f}"
 
-    def step(self, step: int) -> None:
-        """Move on. Costs a clock reading, and ten times a second a little more."""
+    def advance(self) -> None:
+        """Move on by a step. Costs a clock reading, and ten times a second a little more."""
+        self.done += 1
         now = time.monotonic()
         terminal = not self.bar.disable
-        if now - self.shown < (0.1 if terminal else PLAIN_SECONDS) and step < self.total:
+        if now - self.shown < (0.1 if terminal else PLAIN_SECONDS) and self.done < self.total:
             return
         self.shown = now
-        rate = (step - self.began_at) * self.batch_size / max(now - self.began, 1e-9)
+        rate = (self.done - self.began_at) * self.batch_size / max(now - self.began, 1e-9)
         text = f"{self.text}  {rate:,.0f} images/s"
         if terminal:
-            self.bar.update(self.task, completed=step, text=text)
+            self.bar.update(self.task, completed=self.done, text=text)
         else:
-            left = (self.total - step) * self.batch_size / max(rate, 1e-9)
-            where = f"epoch {(step - 1) // self.epoch + 1} step {step}/{self.total}"
+            left = (self.total - self.done) * self.batch_size / max(rate, 1e-9)
+            where = f"epoch {self.epoch} step {self.done}/{self.total}"
             console.say(f"{self.name}: {where}  {text}  {left:.0f} s left")
 
 

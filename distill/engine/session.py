@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +23,12 @@ from distill.engine.fill import Filler
 from distill.engine.machine import Machine
 from distill.engine.networks import connect, facts, placed, trained
 from distill.engine.step import Distiller
-from distill.errors import IncompatibleError
+from distill.errors import DistillError, IncompatibleError
 from distill.models import cost
 from distill.models.network import Network
 from distill.models.weights import fingerprint
 from distill.recipe import Recipe
-from distill.teacher import Ensemble, Live, Teacher
+from distill.teacher import Ensemble, Live, Once, Teacher
 
 TRIED_IMAGES = 256  # that a teacher is shown before training
 
@@ -71,35 +73,99 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         IncompatibleError: If parts of the recipe do not fit each other or the machine.
         PreflightError: If data or weights are missing.
     """
-    autocast = machine.autocast(recipe.train.precision, here.device)
-    with here.accelerator.local_main_process_first() if recipe.data.download else nullcontext():
-        dataset = datasets.load(recipe.data)
+    return prepare_together([recipe], path, here)[0]
+
+
+def prepare_together(
+    recipes: Sequence[Recipe],
+    path: Path,
+    here: Machine,
+    *,
+    memory: float = math.inf,
+    lost: Callable[[int, DistillError], None] | None = None,
+) -> dict[int, Session]:
+    """Build what several runs need that see the same batches and hear the same teachers.
+
+    Data, loader, caches and teachers are shared; a teacher is asked once about each batch.
+    Student, objective and optimizer are each run's own, and drawn as if it were alone.
+
+    Args:
+        recipes: Alike in all that decides the batches, and what teachers say of them.
+        path: A run directory; teachers that are recipes have their runs beside it.
+        here: Where.
+        memory: Bytes for students and their optimizers; the first is built even beyond it.
+        lost: Told of a recipe whose student or objective cannot be built; left out, it is raised.
+
+    Returns:
+        Sessions by the number of their recipe: those lost are left out, and those from the first
+        on that does not fit into memory.
+    """
+    first = recipes[0]
+    with here.accelerator.local_main_process_first() if first.data.download else nullcontext():
+        dataset = datasets.load(first.data)
     known = facts(dataset)
-    specs = [trained(spec, path, i) for i, spec in enumerate(recipe.teachers)]
+    specs = [trained(spec, path, i) for i, spec in enumerate(first.teachers)]
     networks = [models.build_teacher(spec, **known) for spec in specs]
-    torch.manual_seed(recipe.train.seed)
-    student = models.build_student(recipe.student, **known)
-    identity = {
-        "recipe": recipe.digest(),
+    inside = functools.cache(lambda: cached.anatomies(first, networks))
+    learners: dict[int, tuple[Network, objectives.Objective]] = {}
+    room = memory
+    for i, recipe in enumerate(recipes):
+        torch.manual_seed(recipe.train.seed)
+        try:
+            student = models.build_student(recipe.student, **known)
+            objective = objectives.build(recipe.objective)
+            connect(objective, student, inside() if objective.looks_inside else [], dataset)
+        except DistillError as error:
+            if lost is None:
+                raise
+            lost(i, error)
+            continue
+        room -= _state_bytes(student, objective)
+        if room < 0 and learners:
+            break
+        learners[i] = student, objective
+    if not learners:
+        return {}
+    heard = [objective for _, objective in learners.values()]
+    shared = _shared(first, path, dataset, networks, heard, here)
+    return {
+        i: _session(recipes[i], student, objective, shared, here)
+        for i, (student, objective) in learners.items()
+    }
+
+
+def _state_bytes(student: Network, objective: objectives.Objective) -> int:
+    """Bytes of weights and gradients, their average, and an optimizer's two moments."""
+    parts = (*student.parameters(), *objective.parameters())
+    return 5 * sum(parameter.numel() * parameter.element_size() for parameter in parts)
+
+
+def _shared(
+    recipe: Recipe,
+    path: Path,
+    dataset: datasets.Dataset,
+    networks: list[Network],
+    heard: list[objectives.Objective],
+    here: Machine,
+) -> functools.partial[Session]:
+    """The parts of a session that others can have too."""
+    autocast = machine.autocast(recipe.train.precision, here.device)
+    identity: dict[str, Any] = {
         "data": dataset.fingerprint,
         "teachers": [fingerprint(network) for network in networks],
-        "student": fingerprint(student) if recipe.student.weights else None,
     }
-    objective = objectives.build(recipe.objective)
-    anatomies = cached.anatomies(recipe, networks) if objective.looks_inside else []
-    connect(objective, student, anatomies, dataset)
     opened = filler = None
     if recipe.cache is not None and recipe.cache.path is not None and not recipe.cache.fill:
-        opened = open_caches(recipe, dataset, networks, objective, here.device)
+        opened = open_caches(recipe, dataset, networks, heard, here.device)
         identity["cache"] = opened.ids
         members, tutors = opened.members, opened.tutors
     else:
         for i, network in enumerate(networks):
-            placed(network, here).tap(objective.teacher_taps(i))
+            placed(network, here).tap(objectives.taps(heard, i))
         members = [Live(network) for network in networks]
         tutors = [_tutor(network, dataset) for network in networks]
         if recipe.cache is not None and recipe.cache.fill:
-            _require_kept(objective, len(networks), recipe.cache.features)
+            _require_kept(heard, len(networks), recipe.cache.features)
             filler = Filler(recipe, dataset, networks, path / "cache", here)
             members = list(filler.members)
     loader = Loader(
@@ -115,36 +181,58 @@ def prepare(recipe: Recipe, path: Path, here: Machine) -> Session:
         audience="both" if any(tutor.network for tutor in tutors) else "student",
         kept=opened.caches if opened else filler,
     )
-    distiller = Distiller(placed(student, here), objective).to(here.device)
-    teacher = together(members, recipe)
     if here.compile:
-        for module in (distiller, *(tutor.network for tutor in tutors if tutor.network)):
-            module.compile()
-    half = recipe.train.precision == "fp16"
-    return Session(
+        for tutor in tutors:
+            if tutor.network:
+                tutor.network.compile()
+    teacher = together(members, recipe)
+    if teacher is not None and len(heard) > 1:
+        teacher = Once(teacher, here.micro_batches(recipe.train.batch_size))
+    return functools.partial(
+        Session,
         dataset=dataset,
         loader=loader,
-        distiller=distiller,
-        model=here.accelerator.prepare_model(distiller),
         teacher=teacher,
         tutors=tutors,
         opened=opened,
         filler=filler,
-        optimizer=optim.build(distiller, recipe.optimizer),
-        ema=_average(distiller.student, recipe.train.ema) if recipe.train.ema else None,
-        scaler=torch.amp.GradScaler(here.device.type) if half else None,
         autocast=autocast,
         identity=identity,
     )
 
 
+def _session(
+    recipe: Recipe,
+    student: Network,
+    objective: objectives.Objective,
+    shared: functools.partial[Session],
+    here: Machine,
+) -> Session:
+    own = {
+        "recipe": recipe.digest(),
+        "student": fingerprint(student) if recipe.student.weights else None,
+    }
+    distiller = Distiller(placed(student, here), objective).to(here.device)
+    if here.compile:
+        distiller.compile()
+    half = recipe.train.precision == "fp16"
+    return shared(
+        distiller=distiller,
+        model=here.accelerator.prepare_model(distiller),
+        optimizer=optim.build(distiller, recipe.optimizer),
+        ema=_average(distiller.student, recipe.train.ema) if recipe.train.ema else None,
+        scaler=torch.amp.GradScaler(here.device.type) if half else None,
+        identity=own | shared.keywords["identity"],
+    )
+
+
 def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
-    """Say what is about to happen, and try the teachers; return what they should be warned of.
+    """Say what is about to happen, and try the teachers; return what to be warned of.
 
     A teacher that knows nothing of the data is usually one that is fed wrongly: other classes,
     another normalisation, or weights that were never trained. It is tried on training images.
     """
-    dataset, student = session.dataset, session.student
+    dataset = session.dataset
     console.say(
         f"{dataset.name}: {len(dataset.train_ids):,} training, {len(dataset.val_ids):,} validation "
         f"and {len(dataset.test):,} test images of {dataset.image_size} px in "
@@ -170,6 +258,14 @@ def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
                 f"teacher {tutor.model} is right on {top1:.1%} of {images}, and chance is "
                 f"{chance:.1%}: mind its weights and classes"
             )
+    for warning in warnings:
+        console.warn(warning)
+    return warnings + describe(recipe, session, here)
+
+
+def describe(recipe: Recipe, session: Session, here: Machine) -> list[str]:
+    """Say what the student is and what its terms read; return what to be warned of."""
+    student, warnings = session.student, []
     console.say(
         f"student {student.model}: {cost.parameters(student):,} parameters, "
         f"{recipe.train.epochs:,} epochs of {session.loader.steps_per_epoch:,} steps"
@@ -185,6 +281,8 @@ def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
             )
     if student.reinitialised:
         console.say(f"drawn anew, for other classes: {', '.join(student.reinitialised)}")
+    for warning in warnings:
+        console.warn(warning)
     return warnings
 
 
@@ -216,8 +314,8 @@ def answers(
     return evaluate.predict(network, batches, autocast=autocast)
 
 
-def _require_kept(objective: objectives.Objective, teachers: int, kept: list[str]) -> None:
-    needed = [name for i in range(teachers) for name in objective.teacher_taps(i)]
+def _require_kept(heard: list[objectives.Objective], teachers: int, kept: list[str]) -> None:
+    needed = [name for i in range(teachers) for name in objectives.taps(heard, i)]
     if missing := [name for name in needed if name not in kept]:
         raise IncompatibleError(
             f"objective: reads the feature {missing[0]}, which would not be kept",

@@ -173,3 +173,8 @@ def build(specs: Sequence[TermSpec]) -> Objective:
     weights = {spec.key: spec.weight for spec in specs}
     teachers = {spec.key: spec.teacher for spec in specs if isinstance(spec.teacher, int)}
     return Objective(terms, weights, teachers)
+
+
+def taps(objectives: Sequence[Objective], number: int) -> list[str]:
+    """What any of several objectives reads of one of the teachers besides its logits."""
+    return sorted({tap for objective in objectives for tap in objective.teacher_taps(number)})

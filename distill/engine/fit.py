@@ -1,0 +1,284 @@
+"""The loop: one student, or several side by side, step by step on the same batches."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from distill import console, evaluate, schedule, storage
+from distill.engine import checkpoint, optim
+from distill.engine.checkpoint import Checkpoint
+from distill.engine.machine import Machine, StopRequest
+from distill.engine.monitor import Display, Monitor
+from distill.engine.run import Counter, Run
+from distill.engine.session import Session, answers
+from distill.engine.step import Step, train_step
+from distill.errors import Stopped
+from distill.recipe import Recipe
+from distill.types import Batch
+
+ROW_STEPS = 50  # steps between two rows of metrics.jsonl, or an epoch where that is shorter
+RATIO = (0.05, 50.0)  # of teacher's to labels' gradient; outside it one of them decides alone
+RATIO_PART = 0.1  # of the run in which it counts: later the labels are learned, and pull no more
+
+
+class Training:
+    """A run in the works: begun, or put back where its newest checkpoint left it.
+
+    Attributes:
+        step: Optimizer steps done.
+        total: Optimizer steps of the whole run.
+        seconds: Spent on them, over all starts.
+        warnings: Said so far, for the result.
+        losses: Means that the last row of metrics holds.
+
+    Args:
+        recipe: What is trained.
+        run: Where it is kept.
+        session: Its parts.
+        here: Where it happens.
+        quiet: Say nothing of its epochs, as one of many.
+
+    Raises:
+        PreflightError: If there is no room for checkpoints.
+        DamagedError: If there are checkpoints and none is whole.
+        IdentityError: If the newest belongs to another recipe, teacher or data set.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: Run, session: Session, here: Machine, *, quiet: bool = False
+    ) -> None:
+        self.recipe, self.run, self.session, self.here = recipe, run, session, here
+        self._quiet = quiet
+        steps_per_epoch = session.loader.steps_per_epoch
+        self.total = recipe.train.epochs * steps_per_epoch
+        self._row_steps = min(ROW_STEPS, steps_per_epoch)
+        self._micro_batches = here.micro_batches(recipe.train.batch_size)
+        names = list(session.distiller.objective.weights)
+        self._monitor = Monitor(run.metrics if here.main else None, names, here.device)
+        self.losses: dict[str, float] = {}
+        if here.main:
+            state = session.distiller.state_dict().values()
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state)
+            # Weights, their average and two moments, in each checkpoint and in the one in work.
+            storage.require_room(run.path, 4 * size * (checkpoint.KEEP + 1))
+            storage.write(run.recipe, recipe.to_yaml().encode())
+        self.step, self.seconds, self.warnings = self._resume()
+
+    @property
+    def counter(self) -> Counter:
+        """How far the run is."""
+        return Counter(self.step, self.seconds, self.warnings)
+
+    def take(self, batch: Batch) -> bool:
+        """One step on a batch, and what is written of it; returns whether a row of metrics was."""
+        session = self.session
+        scales = self._set_progress()
+        done = train_step(
+            session.model,
+            session.teacher,
+            session.optimizer,
+            batch,
+            weights=scales,
+            clip_norm=self.recipe.optimizer.clip_norm,
+            micro_batches=self._micro_batches,
+            autocast=session.autocast,
+            scaler=session.scaler,
+        )
+        if session.ema is not None:
+            session.ema.update_parameters(session.distiller.student)
+        self.step += 1
+        self._monitor.add(done.losses)
+        if row := self.step % self._row_steps == 0 or self.step == self.total:
+            written = self._write_row(done, scales)
+            self.losses = {name: written[name] for name in self._monitor.names}
+            self._mind_balance(written)
+        epoch, rest = divmod(self.step, session.loader.steps_per_epoch)
+        if rest == 0:
+            if session.filler is not None:
+                session.filler.finish(session.loader.view(epoch - 1), session.loader.views)
+            self._validate(epoch)
+        return row
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            DivergedError: If a loss or a tensor is not finite; nothing is written.
+        """
+        session, run = self.session, self.run
+        self._monitor.require_finite(self.step)
+        state, others = optim.state_tensors(session.optimizer)
+        tensors = {"model": session.distiller.state_dict(), "optimizer": state}
+        values = {
+            "optimizer": others,
+            "monitor": self._monitor.state(),
+            "seconds": self.seconds,
+            "warnings": self.warnings,
+        }
+        if session.ema is not None:
+            tensors["ema"] = session.ema.state_dict()
+        if session.scaler is not None:
+            values["scaler"] = session.scaler.state_dict()
+        checkpoint.save(
+            run.checkpoints, Checkpoint(self.step, tensors, values), identity=session.identity
+        )
+
+    def _resume(self) -> Counter:
+        """Put the newest checkpoint back, or begin."""
+        session, run = self.session, self.run
+        found = checkpoint.load(run.checkpoints, identity=session.identity, warn=console.warn)
+        if found is None:
+            if self.here.main:
+                storage.write(run.metrics, b"")
+            return Counter(0, 0.0, [])
+        session.distiller.load_state_dict(found.tensors["model"])
+        optim.load_state(session.optimizer, found.tensors["optimizer"], found.values["optimizer"])
+        if session.ema is not None:
+            session.ema.load_state_dict(found.tensors["ema"])
+        if session.scaler is not None:
+            session.scaler.load_state_dict(found.values["scaler"])
+        self._monitor.load(found.values["monitor"])
+        console.say(f"{run.path}: going on after step {found.step}")
+        return Counter(found.step, found.values["seconds"], found.values["warnings"])
+
+    def _set_progress(self) -> dict[str, float]:
+        """Set all that follows from the step alone: learning rate, dropout's seed, loss weights."""
+        recipe, session, here = self.recipe, self.session, self.here
+        progress = (self.step + 0.5) / self.total
+        spec = recipe.optimizer
+        factor = schedule.learning_rate(
+            progress, warmup=spec.warmup_epochs / recipe.train.epochs, shape=spec.schedule
+        )
+        for group in session.optimizer.param_groups:
+            group["lr"] = spec.lr * factor
+        # A function of the step, so that no generator's state has to be saved and put back.
+        seed = ((recipe.train.seed << 42) + (self.step << 10) + here.rank) & ((1 << 63) - 1)
+        torch.default_generator.manual_seed(seed)
+        if here.device.type == "cuda":
+            torch.cuda.default_generators[here.device.index or 0].manual_seed(seed)
+        session.distiller.objective.set_progress(progress)
+        return session.distiller.objective.weights_at(progress)
+
+    def _write_row(self, done: Step, scales: dict[str, float]) -> dict[str, float]:
+        """A row of metrics: the means since the last one, and how the step in work is balanced."""
+        session, step = self.session, self.step
+        means = self._monitor.means(step)
+        ratio = session.distiller.objective.gradient_ratio(
+            done.losses.logits, done.told, done.batch, scales
+        )
+        row = {
+            "step": step,
+            "epoch": (step - 1) // session.loader.steps_per_epoch + 1,
+            "split": "train",
+            **means,
+            "lr": session.optimizer.param_groups[0]["lr"],
+            **{f"weight_{name}": scale for name, scale in scales.items()},
+        }
+        if ratio is not None:
+            row["gradient_ratio"] = min(float(ratio), 1e12)  # JSON knows no infinity
+        self._monitor.row(row)
+        return row
+
+    def _mind_balance(self, row: dict[str, float]) -> None:
+        """Warn once if teacher or labels decide alone while there is still something to decide."""
+        ratio = max(row.get("gradient_ratio", 1.0), 1e-12)
+        said = any("gradient" in warning for warning in self.warnings)
+        early = self.step / self.total <= RATIO_PART
+        if early and not said and not RATIO[0] <= ratio <= RATIO[1]:
+            strong, weak = ("teacher", "labels") if ratio > 1 else ("labels", "teacher")
+            self.warnings.append(
+                f"at step {row['step']} the gradient from the {strong} is "
+                f"{max(ratio, 1 / ratio):.0f} times the one from the {weak}, which hardly counts; "
+                "mind weights and temperature"
+            )
+            console.warn(self.warnings[-1])
+
+    def _validate(self, epoch: int) -> None:
+        """A row of scores on the validation split, where one is held out and its turn has come."""
+        recipe, session = self.recipe, self.session
+        last = epoch == recipe.train.epochs
+        if len(session.dataset.val_ids) and (last or epoch % recipe.train.eval_epochs == 0):
+            told = answers(session.student, "val", recipe, session.dataset, self.here)
+            scores = evaluate.scores(told)
+            row = {"step": self.step, "epoch": epoch, "split": "val", **scores._asdict()}
+            self._monitor.append(row)
+            if not self._quiet:
+                console.say(f"epoch {epoch}: val top1 {scores.top1:.2%}  nll {scores.nll:.3f}")
+
+
+def fit(
+    trainings: Sequence[Training],
+    here: Machine,
+    stop: StopRequest,
+    display: Display,
+    *,
+    path: Path,
+    lost: Callable[[Training, Exception], None] | None = None,
+) -> None:
+    """Train to the last step, saving on the way.
+
+    All students of a step see the same batch, which is made once. One that is ahead of the others,
+    because they were killed before they had saved as much, waits for them.
+
+    Args:
+        trainings: Runs whose sessions share a loader.
+        here: Where.
+        stop: Asked between steps.
+        display: Counts the steps of all students.
+        path: Named where the loop is stopped.
+        lost: Told of a run that failed, which the others then go on without. Left out, the first
+            failure ends the loop.
+
+    Raises:
+        DivergedError: If a loss stops being finite, and nobody is told of it.
+        Stopped: If a signal asked for it; all is saved.
+    """
+    loader, total = trainings[0].session.loader, trainings[0].total
+    alive = list(trainings)
+    saved = last = time.monotonic()
+
+    def attempt(training: Training, act: Callable[[], bool | None]) -> bool:
+        try:
+            return bool(act())
+        except Exception as error:
+            if lost is None:
+                raise
+            lost(training, error)
+            alive.remove(training)
+            return False
+
+    while alive and (step := min(training.step for training in alive)) < total:
+        epoch, start = divmod(step, loader.steps_per_epoch)
+        display.epoch = epoch + 1
+        for batch in loader.epoch(epoch, start=start):
+            row = False
+            for training in [one for one in alive if one.step == step]:
+                row |= attempt(training, lambda: training.take(batch))  # noqa: B023 (called at once)
+                display.advance()
+            step += 1
+            now = time.monotonic()
+            for training in alive:
+                training.seconds += now - last
+            last = now
+            if row:
+                display.losses([training.losses for training in alive])
+            stopped = stop.agreed(here) if row or here.world == 1 else None
+            due = now - saved > here.checkpoint_seconds
+            if here.main and (due or stopped or step == total):
+                for training in list(alive):
+                    attempt(training, training.save)
+                saved = time.monotonic()
+            if stopped and step < total:
+                raise Stopped(
+                    f"{path}: stopped by {signal.Signals(stopped).name} after step {step} of "
+                    f"{total}, and saved",
+                    hint="the same command goes on from there",
+                    signum=stopped,
+                )
+            if not alive:
+                break
