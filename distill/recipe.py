@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -97,7 +97,21 @@ class Recipe(Section):
         Raises:
             RecipeError: Listing every problem with its file, line and key.
         """
-        data, places = recipe_file.read(Path(path), overrides)
+        return cls._checked(*recipe_file.read(Path(path), overrides))
+
+    def changed(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values at some `key.path`s, checked as a file is.
+
+        Raises:
+            RecipeError: If a key or a value is wrong.
+        """
+        data, places = self.model_dump(), recipe_file.Places()
+        for key, value in values.items():
+            recipe_file.put(data, key, value, places)
+        return self._checked(data, places)
+
+    @classmethod
+    def _checked(cls, data: dict[str, Any], places: recipe_file.Places) -> Recipe:
         problems = [*component.check(cls, data), *_component_problems(data, ())]
         if not problems:
             _spell_out(data)

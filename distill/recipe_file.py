@@ -25,15 +25,30 @@ def read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Places]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise RecipeError(f"--set {text}: must be KEY=VALUE, such as --set optimizer.lr=0.1")
-        place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        place = _place(key)
         if "recipe" in place[:-1]:
             _inline(data, places, path, ())
-        _override(data, place, value, f"--set {text}")
+        try:
+            parsed = yamlio.load(value)[0] if value else None
+        except yamlio.YamlError as error:
+            raise RecipeError(f"--set {text}: {error.problems[0][1]}") from None
+        _override(data, place, parsed, f"--set {text}")
         for known in [known for known in places if known[: len(place)] == place]:
             del places[known]
         places[place] = f"--set {text}"
     _inline(data, places, path, ())
     return data, places
+
+
+def put(data: dict[str, Any], key: str, value: Any, places: Places) -> None:
+    """Change one `key.path` of a recipe's data.
+
+    Raises:
+        RecipeError: If there is no such place.
+    """
+    place, label = _place(key), f"--set {key}={value}"
+    _override(data, place, value, label)
+    places[place] = label
 
 
 def line(place: Location, what: str, places: Places) -> str:
@@ -83,8 +98,12 @@ def _inline(data: dict[str, Any], places: Places, path: Path, parents: tuple[Pat
             places |= {(*place, *below): source for below, source in inner.items()}
 
 
-def _override(data: Any, place: Location, value: str, label: str) -> None:
-    """Put `value`, a piece of YAML, at `place`."""
+def _place(key: str) -> Location:
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+
+
+def _override(data: Any, place: Location, value: Any, label: str) -> None:
+    """Put `value` at `place`."""
     for i, part in enumerate(place):
         if isinstance(data, list):
             if not isinstance(part, int) or part >= len(data):
@@ -96,7 +115,4 @@ def _override(data: Any, place: Location, value: str, label: str) -> None:
             raise RecipeError(f"{label}: {component.dotted(place[:i])} has no keys below it")
         if i < len(place) - 1:
             data = data.setdefault(part, {}) if isinstance(data, dict) else data[part]
-    try:
-        data[place[-1]] = yamlio.load(value)[0] if value else None
-    except yamlio.YamlError as error:
-        raise RecipeError(f"{label}: {error.problems[0][1]}") from None
+    data[place[-1]] = value

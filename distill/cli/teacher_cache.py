@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Exit, Option
+from typer import Exit, Option
 
 from distill import console
+from distill.cli._options import AsJson, Overrides, RecipeFile
 from distill.cli._report import print_json, reporting
+from distill.cli._shard import Shard, part_of
 from distill.cli._verdict import Level, status, verdict
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from distill.recipe import Recipe
 
 
-RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="Recipe file, YAML.")]
 Out = Annotated[
     str | None,
     Option(
@@ -43,14 +44,6 @@ Codec = Annotated[
         show_default="the recipe's cache.codec",
     ),
 ]
-Shard = Annotated[
-    str | None,
-    Option(
-        metavar="I/N",
-        help="Make part I of N, from 1/N to N/N.",
-        show_default="of a SLURM array, its task; else 1/1",
-    ),
-]
 TimeLimit = Annotated[
     str | None,
     Option(metavar="T", help="Stop in time, such as 3h50m or 90s; exit status 75."),
@@ -72,10 +65,6 @@ Sample = Annotated[int, Option(min=1, help="Views that --verify teacher asks abo
 Repair = Annotated[
     bool,
     Option("--repair", help="With --verify: remove what is bad, so that it is made again."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."),
 ]
 Run = Annotated[
     Path | None,
@@ -101,7 +90,6 @@ MinTeacherTop1 = Annotated[
     float | None,
     Option(min=0, max=1, help="Refuse a teacher that is right on less of the test images."),
 ]
-AsJson = Annotated[bool, Option("--json", help="Print the result as one line of JSON on stdout.")]
 
 
 def teacher_cache(
@@ -138,7 +126,7 @@ def teacher_cache(
         from distill.recipe import Recipe
 
         checked = Recipe.load(recipe, overrides or [])  # every fault, before torch is loaded
-        part = _part(shard)
+        part = part_of(shard)
         limit = None if time_limit is None else _seconds(time_limit)
         place = out or (checked.cache and checked.cache.path) or f"runs/{recipe.stem}-cache"
         asked = _with_cache(checked, place, views, codec)
@@ -198,25 +186,6 @@ def _with_cache(recipe: Recipe, place: str, views: int | None, codec: str | None
         raise RecipeError(f"--codec: {str(error).splitlines()[2].strip()}") from None
 
 
-def _part(text: str | None) -> tuple[int, int]:
-    """Which part of how many: as given, or the task of a SLURM array, or the whole."""
-    import os
-
-    from distill.errors import RecipeError
-
-    task, count = (os.environ.get(f"SLURM_ARRAY_TASK_{key}") for key in ("ID", "COUNT"))
-    if text is None and task and count:
-        first, step = (
-            int(os.environ.get(f"SLURM_ARRAY_TASK_{key}", default))
-            for key, default in (("MIN", "0"), ("STEP", "1"))
-        )
-        text = f"{(int(task) - first) // step + 1}/{count}"
-    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text or "1/1")
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise RecipeError(f"--shard {text}: must be I/N with I from 1 to N, such as --shard 1/8")
-    return int(found[1]), int(found[2])
-
-
 def _seconds(text: str) -> float:
     """3h50m, 90s, 1d or HH:MM:SS in seconds."""
     from distill.errors import RecipeError
@@ -231,22 +200,12 @@ def _seconds(text: str) -> float:
 
 
 def _build(recipe: Recipe, place: str, run: Path, settings: Any, workers: int | None) -> Built:
-    from distill.cache.store import places
-    from distill.cache.write import read_manifest
-    from distill.data import datasets
     from distill.engine import machine
-    from distill.engine.jobs import build_jobs
-    from distill.engine.precompute import precompute
-    from distill.engine.train import train_teachers
+    from distill.engine.caches import build_caches
 
-    for _, store in places(recipe.teachers, place):
-        read_manifest(store)  # a wrong address, or a damaged cache, before anything is trained
     here = machine.setup(workers=workers)
     with machine.stop_request() as stop:
-        train_teachers(recipe, run, here, stop, parts=settings.shard[1])
-        dataset = datasets.load(recipe.data)
-        jobs = build_jobs(recipe, place, run, dataset, here, unit_rows=settings.unit_rows)
-        return precompute(recipe, jobs, dataset, here, stop, settings)
+        return build_caches(recipe, place, run, here, stop, settings)
 
 
 def _plan(

@@ -7,9 +7,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Exit, Option
+from typer import Exit, Option
 
 from distill import console
+from distill.cli._options import (
+    AsJson,
+    CheckpointSeconds,
+    Compile,
+    DeviceBatchSize,
+    Overrides,
+    RecipeFile,
+    Workers,
+)
 from distill.cli._report import print_json, reporting
 
 if TYPE_CHECKING:
@@ -17,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, Argument(metavar="RECIPE", help="Recipe file, YAML.")],
+    recipe: RecipeFile,
     out: Annotated[
         Path | None, Option(help="Run directory.", show_default="runs/RECIPE's name")
     ] = None,
@@ -29,10 +38,7 @@ def train(
             show_default="the recipe's cache.path",
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     restart: Annotated[
         bool, Option("--restart", help="Forget what the run directory holds; do not go on.")
     ] = False,
@@ -40,21 +46,11 @@ def train(
         bool,
         Option("--baseline", help="Also train the same student without teacher; report the gain."),
     ] = False,
-    workers: Annotated[
-        int | None, Option(min=0, help="Image-decoding processes for each training process.")
-    ] = None,
-    device_batch_size: Annotated[
-        int | None, Option(min=1, help="Most images at once on a device; gradients add up.")
-    ] = None,
-    compile: Annotated[
-        bool, Option("--compile", help="Compile student and teacher with torch.compile.")
-    ] = False,
-    checkpoint_seconds: Annotated[
-        float, Option(min=0, help="Seconds between two checkpoints.")
-    ] = 300.0,
-    as_json: Annotated[
-        bool, Option("--json", help="Print the result as one line of JSON on stdout.")
-    ] = False,
+    workers: Workers = None,
+    device_batch_size: DeviceBatchSize = None,
+    compile: Compile = False,
+    checkpoint_seconds: CheckpointSeconds = 300.0,
+    as_json: AsJson = False,
 ) -> None:
     """Train the student as RECIPE says; a run that was cut short goes on where it stopped.
 

@@ -55,6 +55,11 @@ def spawn_shards(gpus: Sequence[str], arguments: Sequence[str], shard: tuple[int
     return _watched(arguments, environments, together=False)
 
 
+def is_spawned() -> bool:
+    """Whether `spread_shards` of another process started this one; ask before `stand_alone`."""
+    return _SHARD in os.environ
+
+
 def stand_alone(shard: tuple[int, int]) -> tuple[int, int]:
     """The part of `shard` that is this process's, which then belongs to no process group.
 

@@ -165,6 +165,11 @@ class Display(_Bar):
         elif losses := [one["loss"] for one in means if one]:
             self.text = f"{len(means)} students, loss {min(losses):.3f} to {max(losses):.3f}"
 
+    def skip(self, steps: int) -> None:
+        """Count steps in that were made before."""
+        self.done += steps
+        self.began_at += steps
+
     def advance(self) -> None:
         """Move on by a step. Costs a clock reading, and ten times a second a little more."""
         self.done += 1
@@ -176,7 +181,7 @@ class Display(_Bar):
         rate = (self.done - self.began_at) * self.batch_size / max(now - self.began, 1e-9)
         text = f"{self.text}  {rate:,.0f} images/s"
         if terminal:
-            self.bar.update(self.task, completed=self.done, text=text)
+            self.bar.update(self.task, completed=self.done, total=self.total, text=text)
         else:
             left = (self.total - self.done) * self.batch_size / max(rate, 1e-9)
             where = f"epoch {self.epoch} step {self.done}/{self.total}"

@@ -23,7 +23,7 @@ from distill.engine.fill import Filler
 from distill.engine.machine import Machine
 from distill.engine.networks import connect, facts, placed, trained
 from distill.engine.step import Distiller
-from distill.errors import DistillError, IncompatibleError
+from distill.errors import IncompatibleError
 from distill.models import cost
 from distill.models.network import Network
 from distill.models.weights import fingerprint
@@ -82,7 +82,7 @@ def prepare_together(
     here: Machine,
     *,
     memory: float = math.inf,
-    lost: Callable[[int, DistillError], None] | None = None,
+    lost: Callable[[int, Exception], None] | None = None,
 ) -> dict[int, Session]:
     """Build what several runs need that see the same batches and hear the same teachers.
 
@@ -115,7 +115,7 @@ def prepare_together(
             student = models.build_student(recipe.student, **known)
             objective = objectives.build(recipe.objective)
             connect(objective, student, inside() if objective.looks_inside else [], dataset)
-        except DistillError as error:
+        except Exception as error:
             if lost is None:
                 raise
             lost(i, error)

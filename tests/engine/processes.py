@@ -9,7 +9,7 @@ from typing import Any
 
 context: ForkServerContext = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["distill.engine.train", "distill.models.zoo.vit", "distill.models.zoo.resnet"]
+    ["distill.sweep", "distill.report.sweep", "distill.models.zoo.vit", "distill.models.zoo.resnet"]
 )
 
 
@@ -67,6 +67,32 @@ def _build(recipe: Path, out: Path, shard: tuple[int, int]) -> None:
     except DistillError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)
+
+
+def sweep(recipe: Path, place: Path, temperatures: tuple[float, ...]) -> ForkServerProcess:
+    """Begin a sweep in `place/sweep` in a process of its own."""
+    process = context.Process(target=_sweep, args=(recipe, place, temperatures))
+    process.start()
+    return process
+
+
+def _sweep(recipe: Path, place: Path, temperatures: tuple[float, ...]) -> None:
+    import os
+
+    import torch
+
+    from distill.grid import temperature_axis
+    from distill.recipe import Recipe
+    from distill.report.sweep import write
+    from distill.sweep import Sweep, sweep
+
+    torch.set_num_threads(1)
+    os.chdir(place)
+    loaded = Recipe.load(recipe)
+    axes = [temperature_axis(loaded, temperatures)]
+    found = sweep(loaded, axes, Path("sweep"), workers=0, checkpoint_seconds=0)
+    assert isinstance(found, Sweep)
+    write(found.to_json(), Path("sweep"))
 
 
 def traces(out: Path) -> dict[str, bytes]:

@@ -1,0 +1,25 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="Recipe file, YAML.")]
+Overrides = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."),
+]
+Workers = Annotated[
+    int | None, Option(min=0, help="Image-decoding processes for each training process.")
+]
+DeviceBatchSize = Annotated[
+    int | None, Option(min=1, help="Most images at once on a device; gradients add up.")
+]
+Compile = Annotated[
+    bool, Option("--compile", help="Compile student and teacher with torch.compile.")
+]
+CheckpointSeconds = Annotated[float, Option(min=0, help="Seconds between two checkpoints.")]
+AsJson = Annotated[bool, Option("--json", help="Print the result as one line of JSON on stdout.")]

@@ -1,0 +1,212 @@
+"""`distill temperature-sweep`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Exit, Option
+
+from distill import console
+from distill.cli._options import (
+    AsJson,
+    CheckpointSeconds,
+    Compile,
+    DeviceBatchSize,
+    Overrides,
+    RecipeFile,
+    Workers,
+)
+from distill.cli._report import print_json, reporting
+from distill.cli._shard import Shard, part_of
+
+if TYPE_CHECKING:
+    from distill.grid import Axis
+    from distill.recipe import Recipe
+    from distill.sweep import Part, Sweep
+
+
+Temperatures = Annotated[
+    str | None,
+    Option(
+        metavar="T,T,...",
+        help="Of every term that softens a teacher's classes.",
+        show_default="1,2,3,4,5,6,8,10",
+    ),
+]
+Weights = Annotated[
+    str | None, Option(metavar="W,W,...", help="Of the same terms; others keep theirs.")
+]
+Keys = Annotated[
+    list[str] | None,
+    Option(
+        "--key",
+        metavar="KEY=V,V,...",
+        help="Vary any other number of the recipe, such as optimizer.lr=0.1,0.2; repeatable. "
+        "Temperatures are then varied only if they are given too.",
+    ),
+]
+Seeds = Annotated[
+    str | None,
+    Option(metavar="S,S,...", help="Of training.", show_default="the recipe's train.seed"),
+]
+Out = Annotated[
+    Path | None, Option(help="Where all is kept.", show_default="runs/RECIPE's name-sweep")
+]
+Baseline = Annotated[bool, Option("--baseline", help="Also train the student from labels alone.")]
+Live = Annotated[
+    bool, Option("--live", help="Ask the teachers in every step; make no cache of them.")
+]
+Memory = Annotated[
+    float | None,
+    Option(
+        min=0,
+        metavar="GB",
+        help="For students that are trained side by side, and their optimizers.",
+        show_default="half of what is free",
+    ),
+]
+
+
+def temperature_sweep(
+    recipe: RecipeFile,
+    temperatures: Temperatures = None,
+    weights: Weights = None,
+    keys: Keys = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    overrides: Overrides = None,
+    baseline: Baseline = False,
+    live: Live = False,
+    shard: Shard = None,
+    memory: Memory = None,
+    workers: Workers = None,
+    device_batch_size: DeviceBatchSize = None,
+    compile: Compile = False,
+    checkpoint_seconds: CheckpointSeconds = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a student at each temperature, and choose by the validation split.
+
+    Teachers answer once, into a cache; students are trained side by side on the same batches. The
+    test split is read for the best one alone. Goes on where it stopped.
+
+    Example: T=$(distill temperature-sweep recipe.yaml --json | jq .best.temperature)
+    """
+    with reporting():
+        from distill.grid import points
+        from distill.recipe import Recipe
+
+        changes = overrides or []
+        checked = Recipe.load(recipe, changes)
+        axes = _axes(checked, temperatures, weights, keys or [])
+        numbers = _numbers(seeds, "--seeds", whole=True) if seeds else []
+        points(checked, axes, numbers or [0])  # every fault, before torch is loaded
+        part = part_of(shard)
+
+        from distill.engine import launch
+
+        spread = launch.spread_shards(sys.argv[1:], part)
+        if spread:  # failed
+            raise Exit(spread)
+        spawned = launch.is_spawned()
+        part = launch.stand_alone(part)
+
+        from distill.sweep import Sweep, sweep
+
+        found = sweep(
+            checked,
+            axes,
+            out or Path("runs") / f"{recipe.stem}-sweep",
+            seeds=numbers,
+            shard=part,
+            live=live,
+            baseline=baseline,
+            memory=None if memory is None else memory * 1e9,
+            conclude=not spawned,
+            workers=workers,
+            device_batch_size=device_batch_size,
+            compile=compile,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+        if isinstance(found, Sweep):
+            from distill.report.sweep import write
+
+            write(found.to_json(), Path(found.out))
+    if spawned:  # the command that started this process prints
+        return
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _show(found)
+
+
+def _axes(
+    recipe: Recipe, temperatures: str | None, weights: str | None, keys: list[str]
+) -> list[Axis]:
+    from distill import grid
+    from distill.errors import RecipeError
+
+    axes = []
+    if temperatures or not keys:
+        known = _numbers(temperatures, "--temperatures") if temperatures else grid.TEMPERATURES
+        axes.append(grid.temperature_axis(recipe, known))
+    if weights:
+        axes.append(grid.weight_axis(recipe, _numbers(weights, "--weights")))
+    for text in keys:
+        key, equals, values = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(
+                f"--key {text}: must be KEY=V,V,..., such as --key optimizer.lr=0.1,0.2"
+            )
+        axes.append(grid.Axis(key, (key,), tuple(_numbers(values, f"--key {key}"))))
+    return axes
+
+
+def _numbers(text: str, option: str, *, whole: bool = False) -> list[Any]:
+    """The numbers of a list such as 1,2.5,1e-3; whole ones stay whole.
+
+    Raises:
+        RecipeError: If one is none.
+    """
+    from distill import yamlio
+    from distill.errors import RecipeError
+
+    kinds = (int,) if whole else (int, float)
+    found = []
+    for item in text.split(","):
+        try:
+            value = yamlio.load(item)[0]
+        except yamlio.YamlError:
+            value = None
+        if type(value) not in kinds or (whole and value < 0):
+            wanted = "whole numbers from 0" if whole else "numbers"
+            raise RecipeError(f"{option}: {wanted} with commas between them, got {text!r}")
+        found.append(value)
+    return found
+
+
+def _show(found: Sweep | Part) -> None:
+    from rich.table import Table
+
+    from distill.report.sweep import scored, verdict
+    from distill.sweep import Part
+
+    if isinstance(found, Part):
+        console.say(f"{found.out}: {found.done} of {found.trials} trials are done, the others not")
+        return
+    known = found.to_json()
+    table = Table(box=None, pad_edge=False)
+    for heading in (*found.axes, "val top-1", "95 % interval", "NLL"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in known["settings"]:
+        cells = [f"{row[name]:.10g}" for name in found.axes] + scored(row, known)
+        best = row["runs"] == found.best["runs"]
+        table.add_row(*map(console.plain, cells), style="bold" if best else None)
+    console.out.print(table)
+    for line in verdict(known):
+        console.out.print(console.plain(line), highlight=False)
+    following = f"next: distill train {found.best['recipe']}\n      open {found.out}/sweep.html"
+    console.out.print(console.plain(following), highlight=False, soft_wrap=True)

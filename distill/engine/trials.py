@@ -1,0 +1,250 @@
+"""Many short runs that are compared: trained side by side, each kept in a directory of its own.
+
+A trial is a run like any other: its directory holds a recipe, checkpoints and a student, and goes
+on where it was cut. What is compared lies in its `trial.json`. So a set of trials can be killed at
+any point, spread over machines that know nothing of each other, or be added to later.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Bool
+
+from distill import console, evaluate, storage
+from distill.engine.fit import Training, fit
+from distill.engine.machine import Machine, StopRequest
+from distill.engine.monitor import Display
+from distill.engine.run import Run
+from distill.engine.session import Session, announce, answers, prepare_together
+from distill.errors import DamagedError, DistillError, PreflightError
+from distill.grid import Trial
+from distill.identity import require_same
+from distill.models import cost, weights
+from distill.recipe import Recipe
+
+MEMORY_PART = 0.5  # of what is free, for the students that are trained side by side
+
+
+class Outcome(NamedTuple):
+    """What is kept of a trial."""
+
+    scores: dict[str, float]  # on the split that it is judged by, after the last epoch
+    correct: Bool[np.ndarray, " N"]  # by image of that split, in the order of their ids
+    parameters: int
+    flops: int
+    warnings: list[str]
+    failed: str | None = None  # the reason
+
+
+def outcome(path: Path) -> Outcome | None:
+    """What a trial's directory says; None where it is not done.
+
+    Raises:
+        DamagedError: If it cannot be read.
+    """
+    file = path / "trial.json"
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept.get("failed"):
+            return Outcome({}, np.zeros(0, bool), 0, 0, [], kept["failed"])
+        bits = np.frombuffer(base64.b64decode(kept.pop("correct")), np.uint8)
+        correct = np.unpackbits(bits, count=kept.pop("images")).astype(bool)
+        return Outcome(correct=correct, **kept)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{file}: cannot be read: {error}",
+            hint="delete it and run the same command again: it is made anew from the checkpoint",
+        ) from None
+
+
+def run_trials(
+    trials: Sequence[Trial],
+    out: Path,
+    here: Machine,
+    stop: StopRequest,
+    *,
+    split: str = "val",
+    memory: float | None = None,
+) -> None:
+    """Train the trials that are not done yet, those side by side that see the same batches.
+
+    One that fails is kept as failed, and the others go on; the next call tries it again.
+
+    Args:
+        trials: Each has its run in `out/NAME`.
+        out: Of all of them.
+        here: Where.
+        stop: Asked between steps.
+        split: That they are judged by: `val` or `test`.
+        memory: Bytes for the students of a round and their optimizers; None is half of what is
+            free. The others wait for the next round.
+
+    Raises:
+        IdentityError: If a directory holds a run of another recipe.
+        PreflightError: If another process works on one of them, or a disk is full.
+        Stopped: If a signal asked for it; all is saved.
+    """
+    for trial in trials:
+        _require_same_recipe(out / trial.name, trial)
+    left = [trial for trial in trials if not _done(out / trial.name)]
+    if not left:
+        return
+    rounds = _Rounds(out, here, stop, split, memory, left=len(left))
+    with Display(out.parent.name, 0, 1, left[0].recipe.train.batch_size) as display:
+        for alike in _streams(left):
+            while alike:
+                alike = rounds.train(alike, display)
+
+
+def _streams(trials: Sequence[Trial]) -> Iterator[list[Trial]]:
+    """The trials that see the same batches and hear the same teachers, together."""
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        shared = trial.recipe.model_dump(exclude={"student", "objective", "optimizer"})
+        for own in ("ema", "eval_epochs"):
+            del shared["train"][own]
+        found.setdefault(json.dumps(shared, sort_keys=True), []).append(trial)
+    yield from found.values()
+
+
+class _Rounds:
+    """One process's way through its trials."""
+
+    def __init__(
+        self,
+        out: Path,
+        here: Machine,
+        stop: StopRequest,
+        split: str,
+        memory: float | None,
+        *,
+        left: int,
+    ) -> None:
+        self.out, self.here, self.stop, self.split = out, here, stop, split
+        self.memory = memory
+        self.left = left  # trials that no round has tried yet
+
+    def train(self, trials: list[Trial], display: Display) -> list[Trial]:
+        """Train as many as fit into memory, the first at least; return the others."""
+        lost: set[int] = set()
+
+        def lose(i: int, error: Exception) -> None:
+            _fail(self.out / trials[i].name, error)
+            lost.add(i)
+
+        with ExitStack() as held:
+            for trial in trials:
+                held.enter_context(storage.lock(self.out / trial.name))
+            sessions = prepare_together(
+                [trial.recipe for trial in trials],
+                self.out / trials[0].name,
+                self.here,
+                memory=_free(self.here) * MEMORY_PART if self.memory is None else self.memory,
+                lost=lose,
+            )
+            if sessions:  # what there is to close is shared
+                held.callback(next(iter(sessions.values())).close)
+            numbers = {self._begun(trials[i], session): i for i, session in sessions.items()}
+            self.left -= len(lost) + len(numbers)
+            if numbers:
+                self._fit(list(numbers), display, lambda one, error: lose(numbers[one], error))
+            for training, i in numbers.items():
+                if i not in lost:
+                    _settle(training, self.split)
+        return [trial for i, trial in enumerate(trials) if i not in lost | set(sessions)]
+
+    def _begun(self, trial: Trial, session: Session) -> Training:
+        """The trial, gone on with where it can be."""
+        run = Run(self.out / trial.name)
+        try:
+            return Training(trial.recipe, run, session, self.here, quiet=True)
+        except DamagedError as error:
+            console.warn(f"{error}; {trial.name} is begun anew")
+            run.clear()
+            return Training(trial.recipe, run, session, self.here, quiet=True)
+
+    def _fit(
+        self,
+        trainings: list[Training],
+        display: Display,
+        lost: Callable[[Training, Exception], None],
+    ) -> None:
+        first = trainings[0]
+        if all(training.step == 0 for training in trainings):
+            announce(first.recipe, first.session, self.here)
+        if len(trainings) > 1:
+            console.say(f"{len(trainings)} students side by side, {first.total:,} steps each")
+        # Of the later rounds' steps no more is known than that they are about as many.
+        steps = sum(training.total for training in trainings)
+        display.total = display.done + steps + self.left * first.total
+        display.skip(sum(training.step for training in trainings))
+        fit(trainings, self.here, self.stop, display, path=self.out.parent, lost=lost)
+
+
+def _settle(training: Training, split: str) -> None:
+    """Judge a trained student by its split, and keep it."""
+    session, run = training.session, training.run
+    student, dataset = session.student, session.dataset
+    told = answers(student, split, training.recipe, dataset, training.here)
+    storage.write(run.student, weights.to_bytes(student))
+    _keep(
+        run.path,
+        {
+            "scores": evaluate.scores(told)._asdict(),
+            "correct": base64.b64encode(np.packbits(told.correct).tobytes()).decode(),
+            "images": len(told.ids),
+            "parameters": cost.parameters(student),
+            "flops": cost.flops(student, dataset.image_size),
+            "warnings": training.warnings,
+        },
+    )
+
+
+def _fail(path: Path, error: Exception) -> None:
+    """Keep the reason; what stands in the way of every trial ends them all."""
+    if isinstance(error, PreflightError):
+        raise error
+    reason = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
+    console.warn(f"{path.name} failed, and the others go on: {reason}")
+    if not isinstance(error, DistillError):
+        storage.write(path / "error.txt", "".join(traceback.format_exception(error)).encode())
+    _keep(path, {"failed": reason})
+
+
+def _keep(path: Path, values: dict[str, Any]) -> None:
+    storage.write(path / "trial.json", (json.dumps(values, indent=1) + "\n").encode())
+
+
+def _done(path: Path) -> bool:
+    found = outcome(path)
+    return found is not None and found.failed is None
+
+
+def _require_same_recipe(path: Path, trial: Trial) -> None:
+    run = Run(path)
+    if run.recipe.exists():
+        require_same(
+            Recipe.load(run.recipe).identity(),
+            trial.recipe.identity(),
+            origin=f"{path}: holds a trial of another recipe",
+            hint="give another --out",
+        )
+
+
+def _free(here: Machine) -> float:
+    """Bytes that are free on the device."""
+    if here.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(here.device)[0])
+    return float(psutil.virtual_memory().available)

@@ -1,0 +1,72 @@
+"""`distill temperature-sweep` in a shell script: clean output, and errors before any work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from distill.engine.train import train
+from distill.recipe import Recipe
+from tests.cli.conftest import process
+from tests.engine.conftest import STUDENT, TEACHER
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipe, whose teacher is trained."""
+    found = tmp_path_factory.mktemp("sweep")
+    (found / "teacher.yaml").write_text(TEACHER)
+    (found / "student.yaml").write_text(STUDENT)
+    train(Recipe.load(found / "teacher.yaml"), found / "teacher")
+    return found
+
+
+def test_a_script_reads_the_best_temperature(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "teacher", tmp_path / "runs" / "teacher")
+    done = process(
+        "temperature-sweep",
+        folder / "student.yaml",
+        "--temperatures",
+        "1,4",
+        "--json",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    found = json.loads(done.stdout)
+    assert found["best"]["temperature"] in (1, 4)
+    assert found["complete"]
+    out = tmp_path / "runs" / "student-sweep"
+    assert json.loads((out / "sweep.json").read_text()) == found
+    rows = list(csv.DictReader((out / "sweep.csv").read_text().splitlines()))
+    assert [row["temperature"] for row in rows] == ["1", "4"]
+    assert float(rows[0]["val_top1"]) == pytest.approx(found["settings"][0]["val_top1"], abs=1e-6)
+    again = process("train", out / "best.yaml", "--out", "again", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["top1"] == found["best"]["test_top1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperatures", "1,x"], "--temperatures: numbers with commas between them"),
+        (["--temperatures", "0"], "objective.1.temperature=0"),
+        (["--seeds", "1.5"], "--seeds: whole numbers from 0"),
+        (["--key", "optimizer.lr"], "--key optimizer.lr: must be KEY=V,V,..."),
+        (["--key", "student.depth=1,2.5"], "student.depth=2.5"),
+        (["--set", "objective=[{term: ce}]"], "no term has a temperature"),
+        (["--shard", "3/2"], "--shard 3/2"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_made(
+    distill: Callable[..., Result], folder: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    found = distill("temperature-sweep", folder / "student.yaml", *options)
+    assert found.exit_code == 2
+    assert said in found.stderr
+    assert not (tmp_path / "runs").exists()
