@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -53,6 +53,11 @@ def estimate(value: float, draws: Float[np.ndarray, " R"]) -> Estimate:
     """A value with the interval and the standard error that its resamples give."""
     low, high = np.quantile(draws, [0.025, 0.975])
     return Estimate(float(value), (float(low), float(high)), float(draws.std(ddof=1)))
+
+
+def named(name: str, found: Estimate) -> dict[str, Any]:
+    """An estimate as keys of a row."""
+    return {name: found.value, f"{name}_ci95": list(found.ci95), f"{name}_se": found.se}
 
 
 def plateau(

@@ -23,7 +23,7 @@ from distill.errors import DivergedError, RecipeError
 from distill.grid import Axis, Setting, Trial, points
 from distill.models import weights
 from distill.recipe import Cache, Recipe
-from distill.statistics import Estimate
+from distill.statistics import Estimate, named
 
 VAL = 0.1  # of the training images, held out where the recipe holds out none
 
@@ -102,10 +102,10 @@ def sweep(
         DivergedError: If every student failed.
         Stopped: If a signal asked for it; the same call goes on.
     """
-    asked, recipe = recipe, _ready(recipe, out, live=live)
+    asked, recipe = recipe, ready(recipe, out, live=live)
     grid = points(recipe, axes, seeds or (recipe.train.seed,))
-    alone = _alone(recipe, seeds or (recipe.train.seed,)) if baseline else []
-    trials = [trial for setting in grid for trial in setting.trials] + alone
+    controls = alone(recipe, seeds or (recipe.train.seed,)) if baseline else []
+    trials = [trial for setting in grid for trial in setting.trials] + controls
     number, count = shard
     options = {
         "workers": workers,
@@ -123,10 +123,10 @@ def sweep(
     if not all(done) or not conclude:
         return Part(sum(done), len(trials), str(out))
     with storage.lock(out):
-        return _conclude(recipe, axes, grid, alone, out, here, options)
+        return _conclude(recipe, axes, grid, controls, out, here, options)
 
 
-def _ready(recipe: Recipe, out: Path, *, live: bool) -> Recipe:
+def ready(recipe: Recipe, out: Path, *, live: bool = False) -> Recipe:
     """The recipe with something to choose by, and with a cache that the teachers fill once."""
     if recipe.generations > 1:
         raise RecipeError("generations: a sweep trains one student for each setting")
@@ -148,17 +148,17 @@ def _ready(recipe: Recipe, out: Path, *, live: bool) -> Recipe:
     return recipe.model_copy(update={**changes, "teachers": teachers})
 
 
-def _alone(recipe: Recipe, seeds: Sequence[int]) -> list[Trial]:
-    """The student from labels alone, beside the others: the teacher is there, and nobody hears."""
-    alone = recipe.model_copy(update={"objective": recipe.without_teacher().objective})
-    return [Trial(f"alone_seed-{seed}", alone.changed({"train.seed": seed})) for seed in seeds]
+def alone(recipe: Recipe, seeds: Sequence[int]) -> list[Trial]:
+    """The student from labels alone, on the same views."""
+    plain = recipe.without_teacher()
+    return [Trial(f"alone_seed-{seed}", plain.changed({"train.seed": seed})) for seed in seeds]
 
 
 def _conclude(
     recipe: Recipe,
     axes: Sequence[Axis],
     grid: list[Setting],
-    alone: list[Trial],
+    controls: list[Trial],
     out: Path,
     here: Machine,
     options: dict[str, Any],
@@ -200,7 +200,7 @@ def _conclude(
         axes={axis.name: list(axis.values) for axis in axes},
         seeds=[trial.recipe.train.seed for trial in chosen.trials],
         images={"val": correct[0].shape[1], "test": images},
-        levels=_levels(recipe, _outcomes(alone, out)),
+        levels=_levels(recipe, _outcomes(controls, out)),
         out=str(out),
     )
     return found
@@ -213,11 +213,6 @@ def _outcomes(trials: Sequence[Trial], out: Path) -> list[Outcome]:
 
 def _runs(setting: Setting, out: Path) -> list[str]:
     return [str(out / "trials" / trial.name) for trial in setting.trials]
-
-
-def named(name: str, found: Estimate) -> dict[str, Any]:
-    """An estimate as keys of a row."""
-    return {name: found.value, f"{name}_ci95": list(found.ci95), f"{name}_se": found.se}
 
 
 def _tested(
@@ -238,7 +233,7 @@ def _tested(
     return statistics.estimate(rows.mean(), statistics.bootstrap([rows])[0]), rows.shape[1]
 
 
-def _levels(recipe: Recipe, alone: Sequence[Outcome]) -> dict[str, float]:
+def _levels(recipe: Recipe, controls: Sequence[Outcome]) -> dict[str, float]:
     """Accuracies on the same validation images that a student is compared with."""
     found: dict[str, float] = {}
     if recipe.cache is not None and recipe.cache.path is not None:
@@ -248,6 +243,6 @@ def _levels(recipe: Recipe, alone: Sequence[Outcome]) -> dict[str, float]:
             index = manifest and write.read_index(store, manifest)
             if index and "val" in index.scores:
                 found[f"teacher {name}" if several else "teacher"] = index.scores["val"]["top1"]
-    if alone and not any(one.failed for one in alone):
-        found["student alone"] = float(np.mean([one.correct.mean() for one in alone]))
+    if controls and not any(one.failed for one in controls):
+        found["student alone"] = float(np.mean([one.correct.mean() for one in controls]))
     return found

@@ -156,17 +156,17 @@ def samples_file(dataset: Dataset) -> bytes:
 
 
 class Caches:
-    """The rows of several caches as one, with the names of each after its number."""
+    """The rows of several caches as one, with the names of each after its own prefix."""
 
     def __init__(self, readers: Sequence[Reader]) -> None:
-        self.readers = list(readers)
-        self.row_bytes = sum(reader.row_bytes for reader in readers)
+        self.readers = list({prefix(reader.manifest): reader for reader in readers}.values())
+        self.row_bytes = sum(reader.row_bytes for reader in self.readers)
 
     def rows(self, ids: Int[ndarray, " n"], view: int) -> dict[str, ndarray]:
         """The columns of these samples in a view."""
         return {
-            f"{prefix(i)}{name}": column
-            for i, reader in enumerate(self.readers)
+            f"{prefix(reader.manifest)}{name}": column
+            for reader in self.readers
             for name, column in reader.rows(ids, view).items()
         }
 
@@ -176,9 +176,9 @@ class Caches:
             reader.close()
 
 
-def prefix(teacher: int) -> str:
-    """Begins the names of a teacher's columns in a batch."""
-    return f"{teacher}/"
+def prefix(manifest: Manifest) -> str:
+    """Begins the names of a cache's columns in a batch."""
+    return f"{manifest.id}/"
 
 
 class Tutor(NamedTuple):
@@ -251,7 +251,7 @@ def open_caches(
         live = _live(taps(heard, i), there, network, device)
         if network is not None and live is None:
             network.to("meta")  # it has said all that it is asked: its memory is the student's
-        member = Cached(there.codec, there.num_classes, prefix=prefix(i), live=live)
+        member = Cached(there.codec, there.num_classes, prefix=prefix(there), live=live)
         readers.append(reader)
         found.members.append(member)
         scores = index.scores if index else {}

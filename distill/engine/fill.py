@@ -57,7 +57,7 @@ class Filler:
         self._num_views = num_views
         found = places(recipe.teachers, recipe.cache.path or str(default))
         self.members: list[_Member] = []
-        for i, (network, (name, store)) in enumerate(zip(networks, found, strict=True)):
+        for network, (name, store) in zip(networks, found, strict=True):
             manifest, warnings = cached.start(
                 recipe, dataset, network, store, num_views=num_views, device=here.device
             )
@@ -65,7 +65,7 @@ class Filler:
                 console.warn(warning)
             reader = Reader(store, manifest, num_views=num_views, partial=True)
             job = Job(name, store, network, manifest)
-            self.members.append(_Member(job, reader, cached.prefix(i), recipe, here.device))
+            self.members.append(_Member(job, reader, cached.prefix(manifest), recipe, here.device))
         self._caches = cached.Caches([member.reader for member in self.members])
         self.row_bytes = self._caches.row_bytes
         self._whole: set[int] = set()  # views that are read

@@ -7,6 +7,7 @@ of each other.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from distill.cache.layout import Manifest, Unit, view_part
 from distill.cache.read import Reader
 from distill.cache.store import Folder, Store, places
 from distill.data.datasets import Dataset
+from distill.data.loader import evaluation_batches
 from distill.data.pixels import Views
 from distill.engine import cached
 from distill.engine.canaries import tell
@@ -33,6 +35,7 @@ VIEWS_PER_READ = 4  # views made from one decoded file
 # 1.7 times slower in batches of 128.
 BATCH_SIZE = {"cuda": 512, "mps": 256, "cpu": 32}
 PROBE_SECONDS = 10.0
+TIMED_SECONDS = 3.0  # of a network's forward passes
 
 
 class Job(NamedTuple):
@@ -206,3 +209,21 @@ def _probe(
     seconds = time.monotonic() - began
     source.close()
     return done / max(seconds, 1e-9)
+
+
+def throughput(network: Network, recipe: Recipe, dataset: Dataset, here: Machine) -> float:
+    """Images that a network answers in a second: the median over passes on one batch."""
+    size = BATCH_SIZE[here.device.type]
+    ids = np.resize(dataset.train_ids, size)
+    batches = evaluation_batches(
+        dataset, dataset.train, ids, recipe.data, batch_size=size, device=here.device
+    )
+    images = next(images for images, _, _ in batches)
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while len(seconds) < 4 or time.perf_counter() - began < TIMED_SECONDS:
+        start = time.perf_counter()
+        # A number on the host: the device is done.
+        float(tell(network, images, recipe, here.device).logits[0, 0])
+        seconds.append(time.perf_counter() - start)
+    return size / statistics.median(seconds[1:])  # the first one chooses kernels

@@ -22,7 +22,7 @@ from distill.data.loader import Loader
 from distill.engine import cached, generations, machine, optim
 from distill.engine.networks import connect, facts, trained
 from distill.engine.run import Run
-from distill.engine.session import together
+from distill.engine.staff import together
 from distill.engine.step import Distiller, train_step
 from distill.errors import DistillError, IncompleteError
 from distill.models import cost, weights

@@ -16,19 +16,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distill import console, evaluate, models, objectives
 from distill.data import datasets
-from distill.data.loader import Loader, evaluation_batches
-from distill.engine import cached, machine, optim
-from distill.engine.cached import Opened, Tutor, open_caches
+from distill.data.loader import Loader, Rows, evaluation_batches
+from distill.engine import machine, optim
+from distill.engine.cached import Caches, Opened, Tutor
 from distill.engine.fill import Filler
 from distill.engine.machine import Machine
-from distill.engine.networks import connect, facts, placed, trained
+from distill.engine.networks import connect, facts, placed
+from distill.engine.staff import Staff
 from distill.engine.step import Distiller
-from distill.errors import IncompatibleError
 from distill.models import cost
 from distill.models.network import Network
 from distill.models.weights import fingerprint
 from distill.recipe import Recipe
-from distill.teacher import Ensemble, Live, Once, Teacher
+from distill.teacher import Teacher
 
 TRIED_IMAGES = 256  # that a teacher is shown before training
 
@@ -84,13 +84,13 @@ def prepare_together(
     memory: float = math.inf,
     lost: Callable[[int, Exception], None] | None = None,
 ) -> dict[int, Session]:
-    """Build what several runs need that see the same batches and hear the same teachers.
+    """Build what several runs need that see the same batches.
 
-    Data, loader, caches and teachers are shared; a teacher is asked once about each batch.
-    Student, objective and optimizer are each run's own, and drawn as if it were alone.
+    Data and loader are shared, and teachers by those that have the same: they are asked once about
+    each batch. Student, objective and optimizer are each run's own, and drawn as if it were alone.
 
     Args:
-        recipes: Alike in all that decides the batches, and what teachers say of them.
+        recipes: Alike in all that decides the batches.
         path: A run directory; teachers that are recipes have their runs beside it.
         here: Where.
         memory: Bytes for students and their optimizers; the first is built even beyond it.
@@ -101,36 +101,43 @@ def prepare_together(
         on that does not fit into memory.
     """
     first = recipes[0]
+    autocast = machine.autocast(first.train.precision, here.device)
     with here.accelerator.local_main_process_first() if first.data.download else nullcontext():
         dataset = datasets.load(first.data)
-    known = facts(dataset)
-    specs = [trained(spec, path, i) for i, spec in enumerate(first.teachers)]
-    networks = [models.build_teacher(spec, **known) for spec in specs]
-    inside = functools.cache(lambda: cached.anatomies(first, networks))
-    learners: dict[int, tuple[Network, objectives.Objective]] = {}
-    room = memory
+    staffs: dict[str, Staff] = {}
+    learners: dict[int, tuple[Network, objectives.Objective, Staff]] = {}
     for i, recipe in enumerate(recipes):
+        whose = recipe.model_dump_json(include={"teachers", "ensemble", "cache"})
+        if whose not in staffs:
+            staffs[whose] = Staff(recipe, path, dataset)
+        staff = staffs[whose]
         torch.manual_seed(recipe.train.seed)
         try:
-            student = models.build_student(recipe.student, **known)
+            student = models.build_student(recipe.student, **facts(dataset))
             objective = objectives.build(recipe.objective)
-            connect(objective, student, inside() if objective.looks_inside else [], dataset)
+            anatomies = staff.anatomies if objective.looks_inside else []
+            connect(objective, student, anatomies, dataset)
         except Exception as error:
             if lost is None:
                 raise
             lost(i, error)
             continue
-        room -= _state_bytes(student, objective)
-        if room < 0 and learners:
+        memory -= _state_bytes(student, objective)
+        if memory < 0 and learners:
             break
-        learners[i] = student, objective
+        staff.heard.append(objective)
+        learners[i] = student, objective, staff
     if not learners:
         return {}
-    heard = [objective for _, objective in learners.values()]
-    shared = _shared(first, path, dataset, networks, heard, here)
+    hired = [staff for staff in staffs.values() if staff.heard]
+    for staff in hired:
+        staff.engage(here)
+    shared = functools.partial(
+        Session, dataset=dataset, loader=_loader(first, dataset, hired, here), autocast=autocast
+    )
     return {
-        i: _session(recipes[i], student, objective, shared, here)
-        for i, (student, objective) in learners.items()
+        i: _session(recipes[i], student, objective, staff, shared, here)
+        for i, (student, objective, staff) in learners.items()
     }
 
 
@@ -140,35 +147,17 @@ def _state_bytes(student: Network, objective: objectives.Objective) -> int:
     return 5 * sum(parameter.numel() * parameter.element_size() for parameter in parts)
 
 
-def _shared(
-    recipe: Recipe,
-    path: Path,
-    dataset: datasets.Dataset,
-    networks: list[Network],
-    heard: list[objectives.Objective],
-    here: Machine,
-) -> functools.partial[Session]:
-    """The parts of a session that others can have too."""
-    autocast = machine.autocast(recipe.train.precision, here.device)
-    identity: dict[str, Any] = {
-        "data": dataset.fingerprint,
-        "teachers": [fingerprint(network) for network in networks],
-    }
-    opened = filler = None
-    if recipe.cache is not None and recipe.cache.path is not None and not recipe.cache.fill:
-        opened = open_caches(recipe, dataset, networks, heard, here.device)
-        identity["cache"] = opened.ids
-        members, tutors = opened.members, opened.tutors
-    else:
-        for i, network in enumerate(networks):
-            placed(network, here).tap(objectives.taps(heard, i))
-        members = [Live(network) for network in networks]
-        tutors = [_tutor(network, dataset) for network in networks]
-        if recipe.cache is not None and recipe.cache.fill:
-            _require_kept(heard, len(networks), recipe.cache.features)
-            filler = Filler(recipe, dataset, networks, path / "cache", here)
-            members = list(filler.members)
-    loader = Loader(
+def _loader(
+    recipe: Recipe, dataset: datasets.Dataset, staffs: Sequence[Staff], here: Machine
+) -> Loader:
+    """Batches, with what caches hold for all of the staffs."""
+    kept: Rows | None = None
+    if opened := [staff.opened.caches for staff in staffs if staff.opened]:
+        kept = Caches([reader for caches in opened for reader in caches.readers])
+    elif fillers := [staff.filler for staff in staffs if staff.filler]:
+        kept = fillers[0]
+    live = any(tutor.network for staff in staffs for tutor in staff.tutors)
+    return Loader(
         dataset,
         recipe.data,
         batch_size=recipe.train.batch_size,
@@ -178,26 +167,8 @@ def _shared(
         world=here.world,
         workers=here.workers,
         num_views=recipe.num_views,
-        audience="both" if any(tutor.network for tutor in tutors) else "student",
-        kept=opened.caches if opened else filler,
-    )
-    if here.compile:
-        for tutor in tutors:
-            if tutor.network:
-                tutor.network.compile()
-    teacher = together(members, recipe)
-    if teacher is not None and len(heard) > 1:
-        teacher = Once(teacher, here.micro_batches(recipe.train.batch_size))
-    return functools.partial(
-        Session,
-        dataset=dataset,
-        loader=loader,
-        teacher=teacher,
-        tutors=tutors,
-        opened=opened,
-        filler=filler,
-        autocast=autocast,
-        identity=identity,
+        audience="both" if live else "student",
+        kept=kept,
     )
 
 
@@ -205,6 +176,7 @@ def _session(
     recipe: Recipe,
     student: Network,
     objective: objectives.Objective,
+    staff: Staff,
     shared: functools.partial[Session],
     here: Machine,
 ) -> Session:
@@ -219,10 +191,14 @@ def _session(
     return shared(
         distiller=distiller,
         model=here.accelerator.prepare_model(distiller),
+        teacher=staff.teacher,
+        tutors=staff.tutors,
+        opened=staff.opened,
+        filler=staff.filler,
         optimizer=optim.build(distiller, recipe.optimizer),
         ema=_average(distiller.student, recipe.train.ema) if recipe.train.ema else None,
         scaler=torch.amp.GradScaler(here.device.type) if half else None,
-        identity=own | shared.keywords["identity"],
+        identity=own | staff.identity,
     )
 
 
@@ -312,33 +288,6 @@ def answers(
     )
     autocast = machine.autocast(recipe.train.precision, here.device)
     return evaluate.predict(network, batches, autocast=autocast)
-
-
-def _require_kept(heard: list[objectives.Objective], teachers: int, kept: list[str]) -> None:
-    needed = [name for i in range(teachers) for name in objectives.taps(heard, i)]
-    if missing := [name for name in needed if name not in kept]:
-        raise IncompatibleError(
-            f"objective: reads the feature {missing[0]}, which would not be kept",
-            hint=f"--set cache.features=[{', '.join([*kept, *missing])}]",
-        )
-
-
-def together(members: Sequence[Teacher], recipe: Recipe) -> Teacher | None:
-    """The recipe's teachers as one; None where there is none."""
-    if len(members) < 2:
-        return members[0] if members else None
-    weights = [spec.weight for spec in recipe.teachers]
-    return Ensemble(members, weights, recipe.ensemble)
-
-
-def _tutor(network: Network, dataset: datasets.Dataset) -> Tutor:
-    return Tutor(
-        network.model,
-        cost.parameters(network),
-        cost.flops(network, dataset.image_size),
-        network,
-        {},
-    )
 
 
 def _average(student: nn.Module, decay: float) -> AveragedModel:

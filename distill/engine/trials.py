@@ -109,13 +109,13 @@ def run_trials(
 
 
 def _streams(trials: Sequence[Trial]) -> Iterator[list[Trial]]:
-    """The trials that see the same batches and hear the same teachers, together."""
-    found: dict[str, list[Trial]] = {}
+    """The trials that see the same batches, together."""
+    found: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
-        shared = trial.recipe.model_dump(exclude={"student", "objective", "optimizer"})
-        for own in ("ema", "eval_epochs"):
-            del shared["train"][own]
-        found.setdefault(json.dumps(shared, sort_keys=True), []).append(trial)
+        recipe = trial.recipe
+        train = recipe.train.model_dump(exclude={"ema", "eval_epochs"})
+        shared = recipe.data.model_dump_json(), json.dumps(train), recipe.num_views
+        found.setdefault(shared, []).append(trial)
     yield from found.values()
 
 
@@ -154,8 +154,8 @@ class _Rounds:
                 memory=_free(self.here) * MEMORY_PART if self.memory is None else self.memory,
                 lost=lose,
             )
-            if sessions:  # what there is to close is shared
-                held.callback(next(iter(sessions.values())).close)
+            for session in sessions.values():
+                held.callback(session.close)
             numbers = {self._begun(trials[i], session): i for i, session in sessions.items()}
             self.left -= len(lost) + len(numbers)
             if numbers:

@@ -10,15 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distill import models
 from distill.data import datasets
 from distill.data.loader import Loader
+from distill.engine.step import Distiller
 from distill.engine.train import train
 from distill.models import weights
 from distill.models.network import Network
+from distill.objectives import Objective
 from distill.objectives._draws import uniform
+from distill.objectives._term import Term
+from distill.objectives.ce import CE
 from distill.objectives.shift_consistency import ShiftConsistency, moved, shift_consistency_loss
 from distill.objectives.subset import Subset
-from distill.recipe import Recipe
+from distill.recipe import Model, Recipe
 from distill.types import Batch
 
 RECIPE = """
@@ -129,3 +134,30 @@ def test_draws_are_uniform_and_unlike_each_other() -> None:
     expected = found.numel() / 16
     assert float(((counts - expected) ** 2 / expected).sum()) < 45  # chi squared, 15 degrees
     assert float(torch.corrcoef(found.T).fill_diagonal_(0).abs().max()) < 0.08
+
+
+@pytest.mark.parametrize("term", [Subset(), ShiftConsistency()])
+def test_other_images_leave_no_trace_in_running_statistics(term: Term) -> None:
+    statistics = []
+    for terms in ({"ce": CE()}, {"ce": CE(), "more": term}):
+        torch.manual_seed(0)
+        student = models.build_student(
+            Model(model="resnet8", weights=None),
+            classes=("a", "b"),
+            image_size=8,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.2, 0.2, 0.2),
+        )
+        weights_ = dict.fromkeys(terms, 1.0)
+        objective = Objective(terms, weights_)
+        objective.connect(student.anatomy(), [], num_classes=2, samples=torch.arange(6))
+        student.tap(objective.student_taps())
+        distiller = Distiller(student, objective).train()
+        torch.manual_seed(1)
+        distiller(batch(6), None, weights_).total.backward()
+        assert all(p.grad is not None for p in student.parameters())
+        statistics.append({name: buffer.clone() for name, buffer in student.named_buffers()})
+    plain, more = statistics
+    assert any("running" in name for name in plain)
+    for name, buffer in plain.items():
+        assert torch.equal(more[name], buffer), name
