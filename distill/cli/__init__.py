@@ -15,6 +15,7 @@ from distill.cli.env import env
 from distill.cli.evaluate import evaluate
 from distill.cli.init import init
 from distill.cli.list import list_
+from distill.cli.rank_teachers import rank_teachers
 from distill.cli.teacher_cache import teacher_cache
 from distill.cli.temperature_sweep import temperature_sweep
 from distill.cli.train import train
@@ -29,6 +30,7 @@ app.command("train")(train)
 app.command("distill", help="The same as `distill train`.")(train)
 app.command("teacher-cache")(teacher_cache)
 app.command("temperature-sweep")(temperature_sweep)
+app.command("rank-teachers")(rank_teachers)
 app.command("evaluate")(evaluate)
 app.command("check")(check)
 app.command("init")(init)

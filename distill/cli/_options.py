@@ -23,3 +23,7 @@ Compile = Annotated[
 ]
 CheckpointSeconds = Annotated[float, Option(min=0, help="Seconds between two checkpoints.")]
 AsJson = Annotated[bool, Option("--json", help="Print the result as one line of JSON on stdout.")]
+Seeds = Annotated[
+    str | None,
+    Option(metavar="S,S,...", help="Of training.", show_default="the recipe's train.seed"),
+]

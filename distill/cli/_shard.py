@@ -16,6 +16,15 @@ Shard = Annotated[
         show_default="of a SLURM array, its task; else 1/1",
     ),
 ]
+Memory = Annotated[
+    float | None,
+    Option(
+        min=0,
+        metavar="GB",
+        help="For students that are trained side by side, and their optimizers.",
+        show_default="half of what is free",
+    ),
+]
 
 
 def part_of(text: str | None) -> tuple[int, int]:

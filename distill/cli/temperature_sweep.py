@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Exit, Option
 
 from distill import console
+from distill.cli._numbers import numbers
 from distill.cli._options import (
     AsJson,
     CheckpointSeconds,
@@ -16,10 +17,11 @@ from distill.cli._options import (
     DeviceBatchSize,
     Overrides,
     RecipeFile,
+    Seeds,
     Workers,
 )
 from distill.cli._report import print_json, reporting
-from distill.cli._shard import Shard, part_of
+from distill.cli._shard import Memory, Shard, part_of
 
 if TYPE_CHECKING:
     from distill.grid import Axis
@@ -47,25 +49,12 @@ Keys = Annotated[
         "Temperatures are then varied only if they are given too.",
     ),
 ]
-Seeds = Annotated[
-    str | None,
-    Option(metavar="S,S,...", help="Of training.", show_default="the recipe's train.seed"),
-]
 Out = Annotated[
     Path | None, Option(help="Where all is kept.", show_default="runs/RECIPE's name-sweep")
 ]
 Baseline = Annotated[bool, Option("--baseline", help="Also train the student from labels alone.")]
 Live = Annotated[
     bool, Option("--live", help="Ask the teachers in every step; make no cache of them.")
-]
-Memory = Annotated[
-    float | None,
-    Option(
-        min=0,
-        metavar="GB",
-        help="For students that are trained side by side, and their optimizers.",
-        show_default="half of what is free",
-    ),
 ]
 
 
@@ -101,8 +90,8 @@ def temperature_sweep(
         changes = overrides or []
         checked = Recipe.load(recipe, changes)
         axes = _axes(checked, temperatures, weights, keys or [])
-        numbers = _numbers(seeds, "--seeds", whole=True) if seeds else []
-        points(checked, axes, numbers or [0])  # every fault, before torch is loaded
+        chosen = numbers(seeds, "--seeds", whole=True) if seeds else []
+        points(checked, axes, chosen or [0])  # every fault, before torch is loaded
         part = part_of(shard)
 
         from distill.engine import launch
@@ -119,7 +108,7 @@ def temperature_sweep(
             checked,
             axes,
             out or Path("runs") / f"{recipe.stem}-sweep",
-            seeds=numbers,
+            seeds=chosen,
             shard=part,
             live=live,
             baseline=baseline,
@@ -150,41 +139,18 @@ def _axes(
 
     axes = []
     if temperatures or not keys:
-        known = _numbers(temperatures, "--temperatures") if temperatures else grid.TEMPERATURES
+        known = numbers(temperatures, "--temperatures") if temperatures else grid.TEMPERATURES
         axes.append(grid.temperature_axis(recipe, known))
     if weights:
-        axes.append(grid.weight_axis(recipe, _numbers(weights, "--weights")))
+        axes.append(grid.weight_axis(recipe, numbers(weights, "--weights")))
     for text in keys:
         key, equals, values = text.partition("=")
         if not equals or not key:
             raise RecipeError(
                 f"--key {text}: must be KEY=V,V,..., such as --key optimizer.lr=0.1,0.2"
             )
-        axes.append(grid.Axis(key, (key,), tuple(_numbers(values, f"--key {key}"))))
+        axes.append(grid.Axis(key, (key,), tuple(numbers(values, f"--key {key}"))))
     return axes
-
-
-def _numbers(text: str, option: str, *, whole: bool = False) -> list[Any]:
-    """The numbers of a list such as 1,2.5,1e-3; whole ones stay whole.
-
-    Raises:
-        RecipeError: If one is none.
-    """
-    from distill import yamlio
-    from distill.errors import RecipeError
-
-    kinds = (int,) if whole else (int, float)
-    found = []
-    for item in text.split(","):
-        try:
-            value = yamlio.load(item)[0]
-        except yamlio.YamlError:
-            value = None
-        if type(value) not in kinds or (whole and value < 0):
-            wanted = "whole numbers from 0" if whole else "numbers"
-            raise RecipeError(f"{option}: {wanted} with commas between them, got {text!r}")
-        found.append(value)
-    return found
 
 
 def _show(found: Sweep | Part) -> None:

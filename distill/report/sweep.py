@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill import storage
+from distill.report import files
 from distill.report.page import Code, Picture, Table, Text, page
-from distill.report.plot import Figure, Series, png, svg
+from distill.report.plot import Figure, Series
 
 LOG_RATIO = 20.0  # of the greatest to the smallest value, from which an axis is logarithmic
 
@@ -24,14 +21,9 @@ def write(found: Mapping[str, Any], out: Path) -> None:
         found: A sweep as plain data.
         out: A folder.
     """
-    table = to_csv(found)
-    storage.write(out / "sweep.json", (json.dumps(found, indent=1) + "\n").encode())
-    storage.write(out / "sweep.csv", table.encode())
-    picture = figure(found)
-    if picture is not None:
-        storage.write(out / "sweep.svg", svg(picture).encode())
-        storage.write(out / "sweep.png", png(picture))
-    storage.write(out / "sweep.html", to_html(found, picture, table).encode())
+    table, picture = table_of(found), figure(found)
+    html = to_html(found, picture, table)
+    files.write(out, "sweep", found, table=table, figure=picture, html=html)
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
@@ -73,25 +65,17 @@ def values(row: Mapping[str, Any], axes: Mapping[str, Sequence[float]]) -> str:
     return ", ".join(f"{name} {row[name]:.10g}" for name in axes)
 
 
-def to_csv(found: Mapping[str, Any]) -> str:
-    """A row for every setting."""
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
+def table_of(found: Mapping[str, Any]) -> str:
+    """A row for every setting, as CSV."""
     keys = ("val_top1", "val_top1_low", "val_top1_high", "val_top1_se", "val_nll")
-    table.writerow([*found["axes"], "seeds", *keys, "plateau", "failed"])
+    rows = []
     for row in found["settings"]:
         low, high = row.get("val_top1_ci95", (None, None))
         known = {**row, "val_top1_low": low, "val_top1_high": high}
-        table.writerow(
-            [
-                *(f"{row[name]:.10g}" for name in found["axes"]),
-                len(row["runs"]),
-                *("" if known.get(key) is None else f"{known[key]:.6f}" for key in keys),
-                int(row["plateau"]),
-                row["failed"] or "",
-            ]
-        )
-    return text.getvalue()
+        numbers = [known.get(key) for key in keys]
+        named = [row[name] for name in found["axes"]]
+        rows.append([*named, len(row["runs"]), *numbers, row["plateau"], row["failed"]])
+    return files.to_csv([*found["axes"], "seeds", *keys, "plateau", "failed"], rows)
 
 
 def figure(found: Mapping[str, Any]) -> Figure | None:

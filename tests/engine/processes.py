@@ -95,6 +95,30 @@ def _sweep(recipe: Path, place: Path, temperatures: tuple[float, ...]) -> None:
     write(found.to_json(), Path("sweep"))
 
 
+def rank(folder: Path, out: Path) -> ForkServerProcess:
+    """Begin to rank the teachers of `folder/student.yaml` in a process of its own."""
+    process = context.Process(target=_rank, args=(folder, out))
+    process.start()
+    return process
+
+
+def _rank(folder: Path, out: Path) -> None:
+    import os
+
+    import torch
+
+    from distill import rank
+    from distill.recipe import Recipe
+    from distill.report.rank import write
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    loaded = Recipe.load("student.yaml")
+    found = rank.rank(loaded, out, epochs=2, workers=0, checkpoint_seconds=0)
+    assert isinstance(found, rank.Ranking)
+    write(found.to_json(), out)
+
+
 def traces(out: Path) -> dict[str, bytes]:
     """Everything a finished run left behind that must not depend on how often it was cut."""
     import json
