@@ -91,18 +91,18 @@ def reason(row: dict[str, Any], ordered: Sequence[dict[str, Any]], goal: Goal) -
     behind = 100 * (top["student_top1"] - row["student_top1"])
     if row is top:
         text = "its student is the best"
-    elif row["plateau"]:
-        text = f"its student is {behind:.2f} points behind the best, within one standard error"
+    elif behind == 0:
+        text = "its student is as good as the best"
     else:
-        text = f"its student is {behind:.2f} points behind the best, more than a standard error"
+        within = "within one standard error" if row["plateau"] else "more than a standard error"
+        text = f"its student is {behind:.2f} points behind the best, {within}"
     if goal != "accuracy" and row["plateau"]:
-        cost_text = {
-            "mobile": f"{row['parameters']:,} parameters",
-            "time": f"{row['images_per_second']:,.0f} images/s",
+        word, price = {
+            "mobile": ("smallest", f"{row['parameters']:,} parameters"),
+            "time": ("quickest", f"{row['images_per_second']:,.0f} images/s"),
         }[goal]
-        word = {"mobile": "smallest", "time": "quickest"}[goal]
-        first = row is ordered[0]
-        text += f"; {f'the {word} of those, ' if first else ''}{cost_text}"
+        first = f"the {word} on the plateau, " if row is ordered[0] else ""
+        text += f"; {first}{price}"
     if row.get("below_student"):
         text += "; the teacher itself is worse than the student alone, and usually holds it back"
     return text

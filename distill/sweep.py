@@ -169,11 +169,13 @@ def _conclude(
     if not good:
         raise DivergedError(f"{out}: every student failed; the first: {outcomes[0][0].failed}")
     correct = [np.stack([one.correct for one in outcomes[i]]) for i in good]
-    draws = statistics.bootstrap(correct)
+    plain = _outcomes(controls, out)
+    control = [np.stack([one.correct for one in plain])] if _sound(plain) else []
+    draws = statistics.bootstrap([*correct, *control])
     values = np.array([rows.mean() for rows in correct])
     nll = [float(np.mean([one.scores["nll"] for one in outcomes[i]])) for i in good]
     best = max(range(len(good)), key=lambda k: (values[k], -nll[k]))
-    level = {good[k] for k in statistics.plateau(values, draws, best)}
+    level = {good[k] for k in statistics.plateau(values, draws[: len(good)], best)}
     rows: list[dict[str, Any]] = []
     for i, setting in enumerate(grid):
         row: dict[str, Any] = {**setting.values, "runs": _runs(setting, out)}
@@ -181,6 +183,9 @@ def _conclude(
             k = good.index(i)
             row |= named("val_top1", statistics.estimate(values[k], draws[k]))
             row |= {"val_nll": nll[k], "plateau": i in level, "failed": None}
+            for rights in control:
+                gain = statistics.estimate(values[k] - rights.mean(), draws[k] - draws[-1])
+                row |= named("gain", gain)
         else:
             reasons = [one.failed for one in outcomes[i] if one.failed]
             row |= {"plateau": False, "failed": reasons[0]}
@@ -200,10 +205,14 @@ def _conclude(
         axes={axis.name: list(axis.values) for axis in axes},
         seeds=[trial.recipe.train.seed for trial in chosen.trials],
         images={"val": correct[0].shape[1], "test": images},
-        levels=_levels(recipe, _outcomes(controls, out)),
+        levels=_levels(recipe, plain),
         out=str(out),
     )
     return found
+
+
+def _sound(runs: Sequence[Outcome]) -> bool:
+    return bool(runs) and not any(one.failed for one in runs)
 
 
 def _outcomes(trials: Sequence[Trial], out: Path) -> list[Outcome]:
@@ -233,7 +242,7 @@ def _tested(
     return statistics.estimate(rows.mean(), statistics.bootstrap([rows])[0]), rows.shape[1]
 
 
-def _levels(recipe: Recipe, controls: Sequence[Outcome]) -> dict[str, float]:
+def _levels(recipe: Recipe, plain: Sequence[Outcome]) -> dict[str, float]:
     """Accuracies on the same validation images that a student is compared with."""
     found: dict[str, float] = {}
     if recipe.cache is not None and recipe.cache.path is not None:
@@ -243,6 +252,6 @@ def _levels(recipe: Recipe, controls: Sequence[Outcome]) -> dict[str, float]:
             index = manifest and write.read_index(store, manifest)
             if index and "val" in index.scores:
                 found[f"teacher {name}" if several else "teacher"] = index.scores["val"]["top1"]
-    if controls and not any(one.failed for one in controls):
-        found["student alone"] = float(np.mean([one.correct.mean() for one in controls]))
+    if _sound(plain):
+        found["student alone"] = float(np.mean([one.correct.mean() for one in plain]))
     return found

@@ -229,6 +229,23 @@ def test_set_changes_one_key(
     assert read(Recipe.load(write(), [override])) == value
 
 
+def test_changed_values_are_checked_as_those_of_a_file_are(write: Callable[..., Path]) -> None:
+    recipe = Recipe.load(write())
+    again = recipe.changed({"objective.1.temperature": 2.0, "optimizer.lr": 1e-4})
+    assert again.objective[1].arguments["temperature"] == 2.0
+    assert again.optimizer.lr == 1e-4
+    assert recipe.optimizer.lr == 1e-3  # as it was
+    assert recipe.changed({}) == recipe
+    for change, fault in (
+        ({"optimizer.lrr": 1.0}, "--set optimizer.lrr=1.0: unknown key; did you mean 'lr'?"),
+        ({"objective.1.temperature": -1.0}, "--set objective.1.temperature=-1.0: "),
+        ({"objective.7.weight": 1.0}, "--set objective.7.weight=1.0: objective is a list of 2"),
+    ):
+        with pytest.raises(RecipeError) as found:
+            recipe.changed(change)
+        assert str(found.value).startswith(fault)
+
+
 def test_set_is_applied_in_order(write: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(TEACHER)
     overrides = ["teachers.0.recipe=other.yaml", "teachers.0.recipe.train.epochs=5"]

@@ -123,6 +123,9 @@ def test_the_best_is_chosen_by_validation_and_tested_alone(recipe: Recipe, tmp_p
     assert low <= mean <= high
     assert sum(result["val_top1"] for result in results) / 2 == pytest.approx(highest["val_top1"])
     assert set(found.levels) == {"teacher", "student alone"}
+    gain = found.best["val_top1"] - found.levels["student alone"]
+    assert found.best["gain"] == pytest.approx(gain)
+    assert found.best["gain_ci95"][0] <= gain <= found.best["gain_ci95"][1]
     again = Recipe.load(found.best["recipe"])
     assert again.objective[1].arguments["temperature"] == found.best["temperature"]
 

@@ -141,7 +141,8 @@ def figure(found: Mapping[str, Any]) -> Figure:
 def to_html(found: Mapping[str, Any], picture: Figure, table: str) -> str:
     """The page."""
     rows = found["ranking"]
-    heads = (*HEADS, *STUDENT_HEADS)
+    shown, own = [cells(row) for row in rows], len(HEADS)
+    students = [row[:2] + row[own:] for row in shown]
     seeds = ", ".join(map(str, found["seeds"]))
     price = {"accuracy": "FLOPs", "mobile": "parameters", "time": "time here"}[found["goal"]]
     return page(
@@ -149,7 +150,8 @@ def to_html(found: Mapping[str, Any], picture: Figure, table: str) -> str:
         verdict=verdict(found),
         blocks=[
             Picture(picture, "ranking", table),
-            Table("Candidates", heads, [cells(row) for row in rows], (0,), (0, *range(2, 12))),
+            Table("Teachers", HEADS, [row[:own] for row in shown], (0,), (0, *range(2, own))),
+            Table("Their students", ("", "teacher", *STUDENT_HEADS), students, (0,), (0, 2, 3, 4)),
             Table(
                 "Why",
                 ("", "teacher", "reason"),

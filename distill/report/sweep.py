@@ -48,12 +48,14 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
                 f"The best {name} is at the end of what was tried: it may go on beyond "
                 f"{best[name]:g}."
             )
-    for name, level in found["levels"].items():
-        if name == "student alone" and best["val_top1"] < level:
-            lines.append(
-                f"The student alone is better, with {level:.2%} of the validation images: this "
-                "teacher does not help it."
-            )
+    if "gain" in best:
+        low, high = (100 * end for end in best["gain_ci95"])
+        alone = found["levels"]["student alone"]
+        lines.append(
+            f"The student alone is right on {alone:.2%} of the validation images: with its teacher "
+            f"{100 * best['gain']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
+            + ("." if low > 0 else ", which does not show that it helps.")
+        )
     failed = [values(row, axes) for row in found["settings"] if row["failed"]]
     if failed:
         lines.append(f"Failed: {'; '.join(failed)}.")
