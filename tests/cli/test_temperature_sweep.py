@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from typer.testing import Result
 
 from distill.engine.train import train
 from distill.recipe import Recipe
-from tests.cli.conftest import process
+from tests.cli.conftest import ROOT, process
 from tests.engine.conftest import STUDENT, TEACHER
 
 
@@ -70,3 +74,35 @@ def test_bad_values_are_refused_before_anything_is_made(
     assert found.exit_code == 2
     assert said in found.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_every_student_and_the_sweep_goes_on(
+    folder: Path, tmp_path: Path, signum: int, status: int
+) -> None:
+    shutil.copytree(folder / "teacher", tmp_path / "runs" / "teacher")
+    arguments = ["temperature-sweep", str(folder / "student.yaml"), "--temperatures", "1,4"]
+    arguments += ["--set", "train.epochs=60", "--set", "cache.views=4", "--workers", "0"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "distill", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    for line in running.stderr:
+        if "students side by side" in line:
+            break
+    running.send_signal(signum)
+    said = running.stderr.read()
+    running.stderr.close()
+    assert running.wait() == status, said
+    trials = tmp_path / "runs" / "student-sweep" / "trials"
+    steps = {path.name for path in trials.glob("*/checkpoint/step-*")}
+    assert len(steps) == 1  # all were saved after the same step
+    assert len(list(trials.glob("*/checkpoint/step-*"))) == 2
+    again = process(*arguments, "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"going on after step {int(steps.pop().removeprefix('step-'))}" in again.stderr
+    assert json.loads(again.stdout)["complete"]
