@@ -81,7 +81,7 @@ def temperature_sweep(
     Teachers answer once, into a cache; students are trained side by side on the same batches. The
     test split is read for the best one alone. Goes on where it stopped.
 
-    Example: T=$(distill temperature-sweep recipe.yaml --json | jq .best.temperature)
+    Example: distill temperature-sweep recipe.yaml --temperatures 1,2,4,8 --seeds 0,1
     """
     with reporting():
         from distill.grid import points
