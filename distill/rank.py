@@ -42,6 +42,17 @@ class Candidate(NamedTuple):
     members: tuple[int, ...]  # numbers of the teachers
 
 
+class Contest(NamedTuple):
+    """What is compared."""
+
+    recipe: Recipe  # of the proxy students, with all teachers
+    dataset: Dataset
+    logits: list[Float[np.ndarray, "N K"]]  # of each teacher, on the validation images
+    candidates: list[Candidate]
+    proxies: list[list[Trial]]  # by candidate, one a seed
+    controls: list[Trial]  # without a teacher
+
+
 class Ranking(NamedTuple):
     """Candidates in order. Rates are fractions in [0, 1]."""
 
@@ -111,46 +122,57 @@ def rank(
         fitting, refused = _fitting(asked, out, dataset)
         short = _short(ready(fitting, out), epochs)
         complete_caches(_cached(short), out, here, stop, shard=shard)
-        logits = _logits(short)
-        candidates = _candidates(short, logits, dataset, ensembles)
-        chosen = tuple(seeds) or (recipe.train.seed,)
-        proxies = [_proxies(short, candidate, chosen) for candidate in candidates]
-        controls = alone(short, chosen)
-        trials = [*itertools.chain(*proxies), *controls]
+        contest = _contest(short, dataset, ensembles, tuple(seeds) or (recipe.train.seed,))
+        trials = [*itertools.chain(*contest.proxies), *contest.controls]
         run_trials(trials[number - 1 :: count], out / "trials", here, stop, memory=memory)
     done = [outcome(out / "trials" / trial.name) is not None for trial in trials]
     if not all(done) or not conclude:
         return Part(sum(done), len(trials), str(out))
     with storage.lock(out):
-        rates = _rates(short, dataset, out, here)
-        found = [
-            {
-                "name": candidate.name,
-                "teachers": [str(short.teachers[i].weights) for i in candidate.members],
-                **_costs(short, candidate, rates),
-                **_scores(short, candidate, logits, dataset),
-            }
-            for candidate in candidates
-        ]
-        told = [[_kept(out, trial) for trial in group] for group in proxies]
-        control = [_kept(out, trial) for trial in controls]
-        rows = ranked(found, told, control, goal)
-        best = next(candidate for candidate in candidates if candidate.name == rows[0]["name"])
-        file = out / "best.yaml"
-        chosen_one = _chosen(recipe, [fitting.teachers[i] for i in best.members])
-        storage.write(file, chosen_one.to_yaml().encode())
-        return Ranking(
-            best={**rows[0], "recipe": str(file)},
-            ranking=rows,
-            refused=refused,
-            alone=summary(control),
-            goal=goal,
-            temperature=_temperature(short),
-            epochs=short.train.epochs,
-            seeds=list(chosen),
-            images=len(dataset.val_ids),
-            out=str(out),
-        )
+        rows, control = _rows(contest, out, here, goal)
+        best = next(one for one in contest.candidates if one.name == rows[0]["name"])
+        chosen = _chosen(recipe, [short.teachers[i] for i in best.members])
+        storage.write(out / "best.yaml", chosen.to_yaml().encode())
+    return Ranking(
+        best={**rows[0], "recipe": str(out / "best.yaml")},
+        ranking=rows,
+        refused=refused,
+        alone=summary(control),
+        goal=goal,
+        temperature=_temperature(short),
+        epochs=short.train.epochs,
+        seeds=[trial.recipe.train.seed for trial in contest.controls],
+        images=len(dataset.val_ids),
+        out=str(out),
+    )
+
+
+def _contest(recipe: Recipe, dataset: Dataset, most: int, seeds: Sequence[int]) -> Contest:
+    """Who is compared, by which students; the teachers' caches are complete."""
+    logits = _logits(recipe)
+    candidates = _candidates(recipe, logits, dataset, most)
+    proxies = [_proxies(recipe, candidate, seeds) for candidate in candidates]
+    return Contest(recipe, dataset, logits, candidates, proxies, alone(recipe, seeds))
+
+
+def _rows(
+    contest: Contest, out: Path, here: Machine, goal: Goal
+) -> tuple[list[dict[str, Any]], list[Outcome]]:
+    """The candidates in order, and the students alone, once all are trained."""
+    short, dataset = contest.recipe, contest.dataset
+    rates = _rates(short, dataset, out, here)
+    measured = [
+        {
+            "name": candidate.name,
+            "teachers": [str(short.teachers[i].weights) for i in candidate.members],
+            **_costs(short, candidate, rates),
+            **_scores(short, candidate, contest.logits, dataset),
+        }
+        for candidate in contest.candidates
+    ]
+    told = [[_kept(out, trial) for trial in group] for group in contest.proxies]
+    control = [_kept(out, trial) for trial in contest.controls]
+    return ranked(measured, told, control, goal), control
 
 
 def _chosen(recipe: Recipe, teachers: list[Teacher]) -> Recipe:

@@ -16,6 +16,7 @@ from distill.cli.evaluate import evaluate
 from distill.cli.init import init
 from distill.cli.list import list_
 from distill.cli.rank_teachers import rank_teachers
+from distill.cli.sample_efficiency import sample_efficiency
 from distill.cli.teacher_cache import teacher_cache
 from distill.cli.temperature_sweep import temperature_sweep
 from distill.cli.train import train
@@ -31,6 +32,7 @@ app.command("distill", help="The same as `distill train`.")(train)
 app.command("teacher-cache")(teacher_cache)
 app.command("temperature-sweep")(temperature_sweep)
 app.command("rank-teachers")(rank_teachers)
+app.command("sample-efficiency")(sample_efficiency)
 app.command("evaluate")(evaluate)
 app.command("check")(check)
 app.command("init")(init)

@@ -27,3 +27,6 @@ Seeds = Annotated[
     str | None,
     Option(metavar="S,S,...", help="Of training.", show_default="the recipe's train.seed"),
 ]
+Live = Annotated[
+    bool, Option("--live", help="Ask the teachers in every step; make no cache of them.")
+]

@@ -15,6 +15,7 @@ from distill.cli._options import (
     CheckpointSeconds,
     Compile,
     DeviceBatchSize,
+    Live,
     Overrides,
     RecipeFile,
     Seeds,
@@ -53,9 +54,6 @@ Out = Annotated[
     Path | None, Option(help="Where all is kept.", show_default="runs/RECIPE's name-sweep")
 ]
 Baseline = Annotated[bool, Option("--baseline", help="Also train the student from labels alone.")]
-Live = Annotated[
-    bool, Option("--live", help="Ask the teachers in every step; make no cache of them.")
-]
 
 
 def temperature_sweep(
