@@ -25,6 +25,12 @@ def write(
     storage.write(out / f"{stem}.html", html.encode(errors="replace"))
 
 
+ONE_SEED = (
+    "One seed: how much the same training would differ with another one is not in these intervals; "
+    "--seeds 0,1,2 puts it there."
+)
+
+
 def to_csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table as CSV; fractions with six digits, None as nothing."""
     text = io.StringIO(newline="")

@@ -47,6 +47,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
                 "That interval holds 0: so short a student does not show that this teacher helps. "
                 "More seeds or epochs may: --seeds 0,1,2, --proxy-epochs."
             )
+    if len(found["seeds"]) == 1:
+        lines.append(files.ONE_SEED)
     below = [row["name"] for row in found["ranking"] if row.get("below_student")]
     if below:
         lines.append(

@@ -56,6 +56,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
             f"{100 * best['gain']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
             + ("." if low > 0 else ", which does not show that it helps.")
         )
+    if len(found["seeds"]) == 1:
+        lines.append(files.ONE_SEED)
     failed = [values(row, axes) for row in found["settings"] if row["failed"]]
     if failed:
         lines.append(f"Failed: {'; '.join(failed)}.")
