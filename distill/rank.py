@@ -122,7 +122,8 @@ def rank(
         fitting, refused = _fitting(asked, out, dataset)
         short = _short(ready(fitting, out), epochs)
         complete_caches(_cached(short), out, here, stop, shard=shard)
-        contest = _contest(short, dataset, ensembles, tuple(seeds) or (recipe.train.seed,))
+        chosen_seeds = list(dict.fromkeys(seeds)) or [recipe.train.seed]
+        contest = _contest(short, dataset, ensembles, chosen_seeds)
         trials = [*itertools.chain(*contest.proxies), *contest.controls]
         run_trials(trials[number - 1 :: count], out / "trials", here, stop, memory=memory)
     done = [outcome(out / "trials" / trial.name) is not None for trial in trials]

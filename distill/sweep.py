@@ -103,8 +103,9 @@ def sweep(
         Stopped: If a signal asked for it; the same call goes on.
     """
     asked, recipe = recipe, ready(recipe, out, live=live)
-    grid = points(recipe, axes, seeds or (recipe.train.seed,))
-    controls = alone(recipe, seeds or (recipe.train.seed,)) if baseline else []
+    seeds = list(dict.fromkeys(seeds)) or [recipe.train.seed]
+    grid = points(recipe, axes, seeds)
+    controls = alone(recipe, seeds) if baseline else []
     trials = [trial for setting in grid for trial in setting.trials] + controls
     number, count = shard
     options = {
@@ -129,11 +130,11 @@ def sweep(
 def ready(recipe: Recipe, out: Path, *, live: bool = False) -> Recipe:
     """The recipe with something to choose by, and with a cache that the teachers fill once."""
     if recipe.generations > 1:
-        raise RecipeError("generations: a sweep trains one student for each setting")
+        raise RecipeError("generations: must be 1 where students are compared: each is one")
     if recipe.transfers:
         raise RecipeError(
-            "data.transfer: the images have no labels, and a sweep chooses by labels",
-            hint="vary the temperature on the labelled images, and distil with the best one",
+            "data.transfer: the images have no labels, and students are compared by labels",
+            hint="compare them on labelled images, and distil with the best choice",
         )
     changes: dict[str, Any] = {}
     if recipe.data.val == 0:
@@ -194,7 +195,7 @@ def _conclude(
     recipe_file = out / "best.yaml"
     storage.write(recipe_file, chosen.trials[0].recipe.to_yaml().encode())
     tested, images = _tested(chosen, out, here, options)
-    found = Sweep(
+    return Sweep(
         best={
             **rows[good[best]],
             **named("test_top1", tested),
@@ -208,7 +209,6 @@ def _conclude(
         levels=_levels(recipe, plain),
         out=str(out),
     )
-    return found
 
 
 def _sound(runs: Sequence[Outcome]) -> bool:

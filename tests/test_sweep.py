@@ -107,7 +107,8 @@ def test_students_of_other_kinds_and_micro_batches_are_their_own_too(
 
 
 def test_the_best_is_chosen_by_validation_and_tested_alone(recipe: Recipe, tmp_path: Path) -> None:
-    found = swept(recipe, tmp_path / "sweep", 1, 2, 8, seeds=[0, 1], baseline=True)
+    found = swept(recipe, tmp_path / "sweep", 1, 2, 8, seeds=[0, 1, 0], baseline=True)
+    assert found.seeds == [0, 1]
     rows = found.settings
     assert [row["temperature"] for row in rows] == [1, 2, 8]
     highest = max(rows, key=lambda row: (row["val_top1"], -row["val_nll"]))
@@ -210,6 +211,18 @@ def test_a_recipe_without_validation_holds_a_tenth_out(recipe: Recipe, tmp_path:
     found = swept(recipe.changed({"data.val": 0.0, "data.fraction": 1.0}), tmp_path / "sweep", 4)
     assert found.images["val"] == pytest.approx(90, abs=5)
     assert Recipe.load(found.best["recipe"]).data.val == 0.1
+
+
+def test_a_recipe_whose_students_cannot_be_compared_is_refused(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    several = recipe.model_copy(update={"generations": 2})
+    with pytest.raises(RecipeError, match="generations: must be 1"):
+        swept(several, tmp_path / "sweep", 1)
+    data = recipe.data.model_copy(update={"transfer": "photos", "val": 0.0})
+    with pytest.raises(RecipeError, match="no labels"):
+        swept(recipe.model_copy(update={"data": data}), tmp_path / "sweep", 1)
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_what_cannot_be_varied_is_refused(recipe: Recipe) -> None:
