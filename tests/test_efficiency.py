@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import time
 from multiprocessing.context import ForkServerProcess
@@ -513,19 +512,7 @@ def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path, k
         seconds = time.monotonic() - began
     expected = trial_files(tmp_path / "whole" / "x")
     assert expected == trial_files(tmp_path / "first" / "x")
-    random.seed(kills)
-    done = runs = 0
-    while done < kills:
-        place = tmp_path / f"cut-{runs}"
-        while True:
-            process = start(place)
-            process.join(timeout=random.uniform(0.2, 0.9) * seconds)
-            if process.exitcode is not None:
-                break
-            process.kill()
-            process.join()
-            done += 1
-        assert process.exitcode == 0
+    for place in processes.killed(start, tmp_path, kills, seconds=seconds):
         for name in ("json", "csv", "html", "svg"):
             ours, theirs = (
                 (one / "x" / f"efficiency.{name}").read_bytes()
@@ -533,7 +520,6 @@ def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path, k
             )
             assert ours == theirs, name
         assert trial_files(place / "x") == expected
-        runs += 1
 
 
 def measure(folder: Path, place: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
@@ -184,21 +183,8 @@ def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path) -
     assert process.exitcode == 0
     seconds = time.monotonic() - began
     expected = timeless(json.loads((tmp_path / "whole" / "ranking.json").read_text()))
-    random.seed(6)
-    done = runs = 0
-    while done < 6:
-        out = tmp_path / f"cut-{runs}"
-        while True:
-            process = start(out)
-            process.join(timeout=random.uniform(0.1, 0.9) * seconds)
-            if process.exitcode is not None:
-                break
-            process.kill()
-            process.join()
-            done += 1
-        assert process.exitcode == 0
+    for out in processes.killed(start, tmp_path, 6, seconds=seconds):
         assert timeless(json.loads((out / "ranking.json").read_text())) == expected
-        runs += 1
 
 
 def outcomes(correct: np.ndarray, nll: float = 1.0) -> list[Outcome]:

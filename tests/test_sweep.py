@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import time
 from multiprocessing.context import ForkServerProcess
@@ -287,21 +286,8 @@ def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path, k
     assert process.exitcode == 0
     seconds = time.monotonic() - began
     expected = trial_files(tmp_path / "whole" / "sweep")
-    random.seed(kills)
-    done = runs = 0
-    while done < kills:
-        place = tmp_path / f"cut-{runs}"
-        while True:
-            process = start(place)
-            process.join(timeout=random.uniform(0.1, 0.9) * seconds)
-            if process.exitcode is not None:
-                break
-            process.kill()
-            process.join()
-            done += 1
-        assert process.exitcode == 0
+    for place in processes.killed(start, tmp_path, kills, seconds=seconds):
         for name in ("sweep.json", "sweep.csv", "sweep.html", "sweep.svg", "best.yaml"):
             ours, theirs = (p / "sweep" / name for p in (place, tmp_path / "whole"))
             assert ours.read_bytes() == theirs.read_bytes(), name
         assert trial_files(place / "sweep") == expected
-        runs += 1

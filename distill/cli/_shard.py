@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+from typer import Exit, Option
+
+from distill import console
+from distill.cli._report import print_json
+
+if TYPE_CHECKING:
+    from distill.sweep import Part
 
 Shard = Annotated[
     str | None,
@@ -42,3 +49,29 @@ def part_of(text: str | None) -> tuple[int, int]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise RecipeError(f"--shard {text}: must be I/N with I from 1 to N, such as --shard 1/8")
     return int(found[1]), int(found[2])
+
+
+def begin(part: tuple[int, int]) -> tuple[tuple[int, int], bool]:
+    """Do this part on every visible GPU, or find which of another command's parts this is.
+
+    Returns:
+        The part of this process, and whether another command started it, which then concludes and
+        prints. Where the GPUs have done their parts, the rest of this command finds them done.
+
+    Raises:
+        Exit: If a GPU's part failed.
+    """
+    from distill.engine import launch
+
+    if failed := launch.spread_shards(sys.argv[1:], part):
+        raise Exit(failed)
+    spawned = launch.is_spawned()
+    return launch.stand_alone(part), spawned
+
+
+def show_part(found: Part, *, as_json: bool) -> None:
+    """Say how far all parts of a job are."""
+    if as_json:
+        print_json(found.to_json())
+    else:
+        console.say(f"{found.out}: {found.done} of {found.trials} trials are done, the others not")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Exit, Option
+from typer import Option
 
 from distill import console
 from distill.cli._numbers import numbers
 from distill.cli._options import AsJson, CheckpointSeconds, Overrides, RecipeFile, Seeds, Workers
 from distill.cli._report import print_json, reporting
-from distill.cli._shard import Memory, Shard, part_of
+from distill.cli._shard import Memory, Shard, begin, part_of, show_part
 
 if TYPE_CHECKING:
     from distill.rank import Ranking
     from distill.recipe import Recipe
-    from distill.sweep import Part
 
 
 class Goal(StrEnum):
@@ -90,14 +88,7 @@ def rank_teachers(
 
         checked = _with_teachers(Recipe.load(recipe, overrides or []), teachers or [])
         chosen = numbers(seeds, "--seeds", whole=True) if seeds else []
-        part = part_of(shard)
-
-        from distill.engine import launch
-
-        if spread := launch.spread_shards(sys.argv[1:], part):  # failed
-            raise Exit(spread)
-        spawned = launch.is_spawned()
-        part = launch.stand_alone(part)
+        part, spawned = begin(part_of(shard))
 
         from distill.rank import Ranking, rank
 
@@ -120,7 +111,9 @@ def rank_teachers(
             write(found.to_json(), Path(found.out))
     if spawned:  # the command that started this process prints
         return
-    if as_json:
+    if not isinstance(found, Ranking):
+        show_part(found, as_json=as_json)
+    elif as_json:
         print_json(found.to_json())
     else:
         _show(found)
@@ -148,13 +141,9 @@ def _with_teachers(recipe: Recipe, names: list[str]) -> Recipe:
     return recipe.model_copy(update={"teachers": found})
 
 
-def _show(found: Ranking | Part) -> None:
+def _show(found: Ranking) -> None:
     from distill.report.rank import HEADS, STUDENT_HEADS, cells, verdict
-    from distill.sweep import Part
 
-    if isinstance(found, Part):
-        console.say(f"{found.out}: {found.done} of {found.trials} trials are done, the others not")
-        return
     known = found.to_json()
     rows = [cells(row) for row in known["ranking"]]
     own = len(HEADS)

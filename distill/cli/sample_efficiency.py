@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Exit, Option
+from typer import Argument, Option
 
 from distill import console
 from distill.cli._numbers import numbers
@@ -22,12 +21,11 @@ from distill.cli._options import (
     Workers,
 )
 from distill.cli._report import print_json, reporting
-from distill.cli._shard import Memory, Shard, part_of
+from distill.cli._shard import Memory, Shard, begin, part_of, show_part
 
 if TYPE_CHECKING:
     from distill.efficiency import Efficiency
     from distill.recipe import Recipe
-    from distill.sweep import Part
 
 
 CELL = 22  # columns of a terminal that an accuracy and its interval take on one line
@@ -98,14 +96,7 @@ def sample_efficiency(
         asked = numbers(sizes, "--sizes", whole=True) if sizes else []
         chosen = numbers(seeds, "--seeds", whole=True) if seeds else []
         require_comparable(checked, teacher=teacher.value)  # every fault, before torch is loaded
-        part = part_of(shard)
-
-        from distill.engine import launch
-
-        if spread := launch.spread_shards(sys.argv[1:], part):  # failed
-            raise Exit(spread)
-        spawned = launch.is_spawned()
-        part = launch.stand_alone(part)
+        part, spawned = begin(part_of(shard))
 
         from distill.efficiency import Efficiency, efficiency
 
@@ -131,7 +122,9 @@ def sample_efficiency(
             write(found.to_json(), Path(found.out))
     if spawned:  # the command that started this process prints
         return
-    if as_json:
+    if not isinstance(found, Efficiency):
+        show_part(found, as_json=as_json)
+    elif as_json:
         print_json(found.to_json())
     else:
         _show(found)
@@ -163,15 +156,11 @@ def _loaded(paths: list[Path], overrides: list[str]) -> dict[str, Recipe]:
     return found
 
 
-def _show(found: Efficiency | Part) -> None:
+def _show(found: Efficiency) -> None:
     from rich.table import Table
 
     from distill.report.efficiency import cell, verdict
-    from distill.sweep import Part
 
-    if isinstance(found, Part):
-        console.say(f"{found.out}: {found.done} of {found.trials} trials are done, the others not")
-        return
     known = found.to_json()
     table = Table(box=None, pad_edge=False)
     for heading in ("images", *(curve["name"] for curve in found.curves)):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Exit, Option
+from typer import Option
 
 from distill import console
 from distill.cli._numbers import numbers
@@ -22,12 +21,12 @@ from distill.cli._options import (
     Workers,
 )
 from distill.cli._report import print_json, reporting
-from distill.cli._shard import Memory, Shard, part_of
+from distill.cli._shard import Memory, Shard, begin, part_of, show_part
 
 if TYPE_CHECKING:
     from distill.grid import Axis
     from distill.recipe import Recipe
-    from distill.sweep import Part, Sweep
+    from distill.sweep import Sweep
 
 
 Temperatures = Annotated[
@@ -90,15 +89,7 @@ def temperature_sweep(
         axes = _axes(checked, temperatures, weights, keys or [])
         chosen = numbers(seeds, "--seeds", whole=True) if seeds else []
         points(checked, axes, chosen or [0])  # every fault, before torch is loaded
-        part = part_of(shard)
-
-        from distill.engine import launch
-
-        spread = launch.spread_shards(sys.argv[1:], part)
-        if spread:  # failed
-            raise Exit(spread)
-        spawned = launch.is_spawned()
-        part = launch.stand_alone(part)
+        part, spawned = begin(part_of(shard))
 
         from distill.sweep import Sweep, sweep
 
@@ -123,7 +114,9 @@ def temperature_sweep(
             write(found.to_json(), Path(found.out))
     if spawned:  # the command that started this process prints
         return
-    if as_json:
+    if not isinstance(found, Sweep):
+        show_part(found, as_json=as_json)
+    elif as_json:
         print_json(found.to_json())
     else:
         _show(found)
@@ -151,15 +144,11 @@ def _axes(
     return axes
 
 
-def _show(found: Sweep | Part) -> None:
+def _show(found: Sweep) -> None:
     from rich.table import Table
 
     from distill.report.sweep import scored, verdict
-    from distill.sweep import Part
 
-    if isinstance(found, Part):
-        console.say(f"{found.out}: {found.done} of {found.trials} trials are done, the others not")
-        return
     known = found.to_json()
     table = Table(box=None, pad_edge=False)
     for heading in (*found.axes, "val top-1", "95 % interval", "NLL"):

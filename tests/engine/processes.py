@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import random
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,35 @@ def _rank(folder: Path, out: Path) -> None:
     found = rank.rank(loaded, out, epochs=2, workers=0, checkpoint_seconds=0)
     assert isinstance(found, rank.Ranking)
     write(found.to_json(), out)
+
+
+def killed(
+    start: Callable[[Path], ForkServerProcess], folder: Path, kills: int, *, seconds: float
+) -> Iterator[Path]:
+    """Places in which a process was killed at random points until it came to its end.
+
+    Args:
+        start: Begins it in a place, or goes on there.
+        folder: Of the places.
+        kills: How many there are at least, over all places.
+        seconds: That it takes when nobody kills it.
+    """
+    draw = random.Random(kills)
+    done = 0
+    for number in itertools.count():
+        if done >= kills:
+            return
+        place = folder / f"cut-{number}"
+        while True:
+            process = start(place)
+            process.join(timeout=draw.uniform(0.1, 0.9) * seconds)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            done += 1
+        assert process.exitcode == 0
+        yield place
 
 
 def traces(out: Path) -> dict[str, bytes]:
