@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -45,6 +45,19 @@ class Predictions(NamedTuple):
         return correct
 
 
+class Answers(NamedTuple):
+    """What a network says of every image, sorted by id."""
+
+    ids: Int[np.ndarray, " N"]
+    labels: Int[np.ndarray, " N"]
+    logits: Float[np.ndarray, "N K"]
+
+    @property
+    def predictions(self) -> Predictions:
+        """What is predicted by them."""
+        return of_logits(self.logits, self.labels)._replace(ids=self.ids)
+
+
 def predict(
     network: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
@@ -56,27 +69,61 @@ def predict(
     The network is in eval mode while it runs, and as it was afterwards. Every process returns
     the answers of all of them.
     """
+    return Predictions(*_told(network, batches, autocast, judge))
+
+
+def answer(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> Answers:
+    """As `predict`, with all that the network says: its logits, in float32."""
+    return Answers(*_told(network, batches, autocast, lambda logits, labels: (logits,)))
+
+
+def _told(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    autocast: AbstractContextManager[Any] | None,
+    kept: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+) -> list[np.ndarray]:
+    """Ids, labels, and columns of what is kept of the logits, over all processes, sorted by id."""
     was_training = network.training
     network.eval()
     rows: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), autocast or nullcontext():
         for images, labels, ids in batches:
             outputs: Outputs = network(images)
-            rows.append((ids, labels, *_answers(outputs.logits.float(), labels)))
+            rows.append((ids, labels, *kept(outputs.logits.float(), labels)))
     network.train(was_training)
-    columns = (
-        [torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)] if rows else []
-    )
+    return together([torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)])
+
+
+def together(columns: list[np.ndarray]) -> list[np.ndarray]:
+    """The rows of all processes, the same in each of them, sorted by the first column.
+
+    Args:
+        columns: This process's; none where it has no rows.
+    """
     if dist.is_initialized():
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, columns)
         columns = [np.concatenate(c) for c in zip(*(s for s in shares if s), strict=True)]
     order = np.argsort(columns[0], kind="stable")
-    return Predictions(*(column[order] for column in columns))
+    return [column[order] for column in columns]
 
 
-def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    log_p = F.log_softmax(logits, dim=-1)
+def judge(logits: Float[Tensor, "B K"], labels: Int[Tensor, " B"]) -> tuple[Tensor, ...]:
+    """Of every image, all that scores are made of.
+
+    Returns:
+        Predicted class, its probability, −log probability of the label, and whether that is among
+        the five most probable; in float64.
+    """
+    if logits.device.type == "mps":  # which has no float64
+        logits, labels = logits.cpu(), labels.cpu()
+    log_p = F.log_softmax(logits.double(), dim=-1)
     best, predicted = log_p.max(dim=-1)
     own = log_p.gather(1, labels[:, None])
     # The label's rank with ties counted against it, so that constant logits score nothing.
@@ -87,7 +134,7 @@ def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 def of_logits(logits: Float[np.ndarray, "N K"], labels: Int[np.ndarray, " N"]) -> Predictions:
     """The predictions that these logits are, of images 0 … N − 1."""
     known = torch.from_numpy(labels)
-    answers = _answers(torch.from_numpy(logits), known)
+    answers = judge(torch.from_numpy(logits), known)
     return Predictions(np.arange(len(labels)), labels, *(column.numpy() for column in answers))
 
 
@@ -129,10 +176,33 @@ def ece(confidence: Float[np.ndarray, " N"], correct: Bool[np.ndarray, " N"]) ->
     Returns:
         A fraction in [0, 1].
     """
+    return float(np.abs(gaps(confidence, correct).mean(axis=0)).sum())
+
+
+def gaps(
+    confidence: Float[np.ndarray, "N ..."], correct: Bool[np.ndarray, "N ..."]
+) -> Float[np.ndarray, "N ... 15"]:
+    """What each answer adds to the gap of each bin: correct − confidence in its own, 0 elsewhere.
+
+    Args:
+        confidence: Probability of the predicted class, in [0, 1].
+        correct: Whether that class is the label.
+    """
     confidence = confidence.astype(np.float64)
-    bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
-    gap = np.bincount(bins, weights=correct - confidence, minlength=BINS)
-    return float(np.abs(gap).sum() / len(confidence))
+    found = np.zeros((*confidence.shape, BINS))
+    np.put_along_axis(
+        found, bin_of(confidence)[..., None], (correct - confidence)[..., None], axis=-1
+    )
+    return found
+
+
+def bin_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """In which of `bins` bins of equal width each is; they are open below and closed above.
+
+    So that full confidence has a place in the last one. No confidence at all is in the first.
+    """
+    number = np.ceil(confidence.astype(np.float64) * bins).astype(np.int64) - 1
+    return np.clip(number, 0, bins - 1)
 
 
 def paired_gain(

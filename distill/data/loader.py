@@ -153,13 +153,15 @@ def evaluation_batches(
 ) -> Iterator[tuple[Float[Tensor, "b 3 S S"], Int[Tensor, " b"], Int[Tensor, " b"]]]:
     """Images, labels and ids of the samples `ids` as they are, each once over all ranks.
 
-    Rank r has ids[r::world], in batches of `batch_size` and a smaller one at the end.
+    Batches of `batch_size`, the last one smaller, are dealt out whole: rank r has every world-th
+    from the r-th on. So every batch is the same for any number of ranks, and so is every last bit
+    of what a network says of it.
 
     Raises:
         PreflightError: If a file is no usable image, or a worker was killed.
     """
-    mine = ids[rank::world]
-    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+    batches = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
+    batches = batches[rank::world]
     files = None
     if source.files is not None:
         files = Files(

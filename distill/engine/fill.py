@@ -22,8 +22,8 @@ from distill.data.datasets import Dataset
 from distill.data.pixels import Views
 from distill.engine import cached
 from distill.engine.canaries import numerics, precision
-from distill.engine.jobs import BATCH_SIZE, Job, Settings
-from distill.engine.machine import Machine, StopRequest
+from distill.engine.jobs import Job, Settings
+from distill.engine.machine import BATCH_SIZE, Machine, StopRequest
 from distill.engine.precompute import bits, precompute
 from distill.models.network import Network
 from distill.recipe import Recipe

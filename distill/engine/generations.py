@@ -9,18 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
 from distill import evaluate
 from distill.data import datasets
 from distill.engine.machine import Machine
+from distill.engine.networks import Together
 from distill.engine.run import Result, Run
 from distill.engine.session import answers
 from distill.errors import PreflightError
 from distill.models import weights
 from distill.recipe import Recipe, Teacher
-from distill.types import Outputs
 
 
 def last(recipe: Recipe, out: Path) -> Recipe:
@@ -61,19 +58,6 @@ def together(recipe: Recipe, result: Result, here: Machine) -> Result:
         scores = {name: getattr(one, name) for name in evaluate.Scores._fields}
         found.append({"run": str(run), **scores})
     dataset = datasets.load(recipe.data)
-    networks = _Together([weights.load(str(run)).to(here.device) for run in runs])
+    networks = Together([weights.load(str(run)).to(here.device) for run in runs])
     told = answers(networks, "test", recipe, dataset, here)
     return result._replace(generations=found, ensemble=evaluate.scores(told)._asdict())
-
-
-class _Together(nn.Module):
-    """Networks as one: the mean of their probabilities, as logits."""
-
-    def __init__(self, networks: list[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Outputs:
-        members = tuple(network(images) for network in self.networks)
-        shares = (1 / len(members),) * len(members)
-        return Outputs(Outputs(members[0].logits, members=members, shares=shares).softened(1.0))

@@ -7,7 +7,6 @@ of each other.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,17 +22,15 @@ from distill.cache.store import Folder, Store, places
 from distill.data.datasets import Dataset
 from distill.data.loader import evaluation_batches
 from distill.data.pixels import Views
+from distill.diagnostics.timing import time_network
 from distill.engine import cached
-from distill.engine.canaries import tell
-from distill.engine.machine import Machine
+from distill.engine.canaries import numerics, precision, tell
+from distill.engine.machine import BATCH_SIZE, Machine
 from distill.engine.networks import facts, placed, trained
 from distill.models.network import Network
 from distill.recipe import Recipe
 
 VIEWS_PER_READ = 4  # views made from one decoded file
-# Images that a teacher answers at once. On a CPU larger ones fall out of its caches: 224 px run
-# 1.7 times slower in batches of 128.
-BATCH_SIZE = {"cuda": 512, "mps": 256, "cpu": 32}
 PROBE_SECONDS = 10.0
 TIMED_SECONDS = 3.0  # of a network's forward passes
 
@@ -219,11 +216,5 @@ def throughput(network: Network, recipe: Recipe, dataset: Dataset, here: Machine
         dataset, dataset.train, ids, recipe.data, batch_size=size, device=here.device
     )
     images = next(images for images, _, _ in batches)
-    seconds: list[float] = []
-    began = time.perf_counter()
-    while len(seconds) < 4 or time.perf_counter() - began < TIMED_SECONDS:
-        start = time.perf_counter()
-        # A number on the host: the device is done.
-        float(tell(network, images, recipe, here.device).logits[0, 0])
-        seconds.append(time.perf_counter() - start)
-    return size / statistics.median(seconds[1:])  # the first one chooses kernels
+    with numerics(precision(recipe), here.device):
+        return time_network(network, images, seconds=TIMED_SECONDS).images_per_second

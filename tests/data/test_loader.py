@@ -253,9 +253,10 @@ def test_evaluation_has_each_id_once(in_files: Dataset, world: int, workers: int
     recipe = data(augment=EVERYTHING, mixup=1.0, eval_crop=0.8)
     assert in_files.test.files is not None
     ids = np.arange(44, 7, -3)
+    whole = [ids[first : first + 4].tolist() for first in range(0, len(ids), 4)]
     seen: list[int] = []
     for rank in range(world):
-        mine: list[int] = []
+        mine: list[list[int]] = []
         for pixels, labels, numbers in evaluation_batches(
             in_files, in_files.test, ids, recipe,
             batch_size=4, device=CPU, rank=rank, world=world, workers=workers,
@@ -265,9 +266,9 @@ def test_evaluation_has_each_id_once(in_files: Dataset, world: int, workers: int
                 decoded = images.decode(in_files.test.files[number], max_pixels=10**6)
                 expected = images.evaluation_view(decoded, size=16, crop=0.8)
                 assert torch.equal(image, torch.tensor(expected).permute(2, 0, 1) / 255)
-                mine.append(number)
-        assert mine == ids[rank::world].tolist()
-        seen += mine
+            mine.append(numbers.tolist())
+        assert mine == whole[rank::world]  # so a batch is the same for every number of ranks
+        seen += sum(mine, [])
     assert sorted(seen) == sorted(ids.tolist())
 
 
