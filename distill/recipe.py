@@ -133,6 +133,8 @@ class Recipe(Section):
             del data["data"][key]
         if self.transfers:
             data["data"]["transfer"] = True
+        if self.data.control is None:
+            del data["data"]["control"]
         if self.cache is None:
             del data["cache"]
         else:
@@ -350,6 +352,8 @@ def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, st
         )
     if data.transfer and data.omit:
         yield (*at, "data", "omit"), "the images of data.transfer have no classes to leave out"
+    if data.transfer and data.control == "permuted-labels":
+        yield (*at, "data", "control"), "the images of data.transfer have no labels to permute"
     if cache is not None and cache.fill and not recipe.teachers:
         yield (*at, "cache", "fill"), "there is no teacher to ask: teachers is empty"
     runs: dict[str, Recipe] = {}

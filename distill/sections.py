@@ -74,6 +74,10 @@ class Data(Section):
     val: Annotated[float, Ge(0), Lt(1)] = Field(
         0.0, description="part of the training split held out for choices; class-balanced"
     )
+    control: Literal["permuted-pixels", "permuted-labels"] | None = Field(
+        None,
+        description="takes away the order of all images' pixels, or what the training labels say",
+    )
     on_bad_image: Literal["error", "skip"] = "error"
     max_pixels: Count = Field(64_000_000, description="an image with more counts as bad")
     seed: Annotated[int, Ge(0)] = Field(0, description="decides splits and views")

@@ -322,6 +322,7 @@ CHANGES = [
     "data.omit=['3']",
     "data.val=0.1",
     "data.on_bad_image=skip",
+    "data.control=permuted-labels",
     "data.max_pixels=7",
     "data.seed=1",
     "teachers=[]",

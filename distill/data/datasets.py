@@ -16,7 +16,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from distill import component
-from distill.data import folder, images, official, splits
+from distill.data import controls, folder, images, official, splits
 from distill.data.official import Triple
 from distill.errors import IncompatibleError, PreflightError, RecipeError
 from distill.recipe import Data
@@ -65,7 +65,7 @@ class Dataset:
         max_pixels: An image file with more counts as bad.
         bad: Names of the training files that were left out because they are bad.
         content: SHA-256 of the images: the pixels of a published set, or the names and sizes of a
-            folder's files.
+            folder's files; and of the control, where there is one.
         fingerprint: SHA-256 of the name, the classes, the labels and the content.
     """
 
@@ -94,7 +94,8 @@ def load(data: Data) -> Dataset:
 
     Raises:
         RecipeError: If the section lacks a key that this set needs.
-        IncompatibleError: If it leaves out a class that the set has not, or all of them.
+        IncompatibleError: If it leaves out a class that the set has not, or all of them, or
+            permutes the pixels of images that stay in their files.
         PreflightError: If files are missing, misplaced or bad images.
         DamagedError: If a file of a published set is not in its format.
     """
@@ -107,7 +108,9 @@ def load(data: Data) -> Dataset:
         dataset = _load_folder(data, root)
     else:
         dataset = _load_official(data, official.read(data.name, root, download=data.download))
-    return dataset if data.transfer is None else _transferred(dataset, data, Path(data.transfer))
+    if data.transfer is not None:
+        dataset = _transferred(dataset, data, Path(data.transfer))
+    return dataset if data.control is None else _controlled(dataset, data, data.control)
 
 
 def _load_official(data: Data, published: official.Official) -> Dataset:
@@ -187,6 +190,26 @@ def _transferred(dataset: Dataset, data: Data, root: Path) -> Dataset:
         content=content,
         fingerprint=_sha256([dataset.fingerprint, content]),
     )
+
+
+def _controlled(dataset: Dataset, data: Data, control: str) -> Dataset:
+    """The data set without what the control takes away; to whoever compares, another one."""
+    content = _sha256([dataset.content, control, str(data.seed)])
+    dataset = replace(dataset, content=content, fingerprint=_sha256([dataset.fingerprint, content]))
+    if control == "permuted-labels":
+        labels = controls.permuted_labels(dataset.train.labels, dataset.train_ids, seed=data.seed)
+        return replace(dataset, train=replace(dataset.train, labels=labels))
+    train, test = (_rearranged(source, data.seed) for source in (dataset.train, dataset.test))
+    return replace(dataset, train=train, test=test)
+
+
+def _rearranged(source: Source, seed: int) -> Source:
+    if source.pixels is None:
+        raise IncompatibleError(
+            "data.control: permuted-pixels needs images in memory, and these stay in their files",
+            hint="a smaller data.image_size, and no resized_crop among data.augment",
+        )
+    return replace(source, pixels=controls.permuted_pixels(source.pixels, seed=seed))
 
 
 def _in_memory(data: Data, images: int, size: int) -> int | None:
