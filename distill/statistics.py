@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,27 +27,57 @@ def bootstrap(
 ) -> Float[np.ndarray, "settings R"]:
     """Mean accuracy of every setting in every resample, the same for all settings.
 
-    Images are drawn with replacement, and seeds too where there are several; all settings see the
-    same draws, so that what they have in common cancels in their differences. Draws have a fixed
-    seed of their own.
-
     Args:
         correct: By setting: whether each image was right, a row a seed. All settings have the same
-            images and the same number of seeds.
+            images; those with the same number of seeds are paired in them too.
         resamples: How many are drawn.
     """
-    seeds, images = correct[0].shape
-    draw = np.random.default_rng(_SEED)
-    stacked = np.stack(correct).astype(np.float64)
-    found = []
+    return np.stack([resampled([one], _itself, resamples) for one in correct])
+
+
+def resampled(
+    values: Sequence[Bool[np.ndarray, "S N"] | Float[np.ndarray, "S N"]],
+    statistic: Callable[[Float[np.ndarray, "k S R"]], Float[np.ndarray, "S R"]],
+    resamples: int = RESAMPLES,
+) -> Float[np.ndarray, " R"]:
+    """A statistic of several means over images, in every resample; its mean over seeds.
+
+    Images are drawn with replacement, and seeds too where there are several. Whatever is measured
+    on as many images sees the same draws, so that what two measures have in common cancels in
+    their difference. Draws have a fixed seed of their own.
+
+    Args:
+        values: Of every image, a row a seed.
+        statistic: Takes the means of each of the values, gives one number a seed and resample.
+        resamples: How many are drawn.
+    """
+    seeds, images = values[0].shape
+    stacked = np.stack(values).astype(np.float64)
+    by_seed = [statistic(stacked @ counts.T / images) for counts in _counts(images, resamples)]
+    draw = np.random.default_rng((_SEED, seeds))
+    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    mean: np.ndarray = (np.concatenate(by_seed, axis=1).T * of_seeds).sum(axis=1) / seeds
+    return mean
+
+
+def _itself(means: Float[np.ndarray, "1 S R"]) -> Float[np.ndarray, "S R"]:
+    only: np.ndarray = means[0]
+    return only
+
+
+def _counts(images: int, resamples: int) -> Iterator[Int[np.ndarray, "r N"]]:
+    """How often each image is drawn, in pieces that fit into memory."""
     size = max(1, _CHUNK // images)
     for first in range(0, resamples, size):
-        count = min(size, resamples - first)
-        of_images = draw.multinomial(images, np.full(images, 1 / images), size=count)
-        of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=count)
-        by_seed = stacked @ of_images.T  # settings, seeds, resamples
-        found.append(np.einsum("ksr,rs->kr", by_seed, of_seeds) / (seeds * images))
-    return np.concatenate(found, axis=1)
+        yield _drawn(images, first, min(size, resamples - first))
+
+
+@functools.lru_cache(maxsize=2)  # many measures of the same images follow each other
+def _drawn(images: int, first: int, count: int) -> Int[np.ndarray, "r N"]:
+    draw = np.random.default_rng((_SEED, first))
+    chosen = draw.integers(images, size=(count, images))
+    rows = [np.bincount(row, minlength=images) for row in chosen]
+    return np.stack(rows).astype(np.int32)
 
 
 def estimate(value: float, draws: Float[np.ndarray, " R"]) -> Estimate:
