@@ -50,48 +50,55 @@ class Frame(NamedTuple):
         return tuple((self.x(a), self.y(b)) for a, b in zip(x, y, strict=True))
 
 
-def y_axis(values: Sequence[float], *, percent: bool) -> Axis:
+def tick_to_tick(values: Sequence[float], *, percent: bool) -> Axis:
     """An axis from tick to tick that holds all values; with `percent` they are fractions."""
-    low, high = _span(values)
+    low, high = span(values)
     if percent and 0 <= min(values) <= max(values) <= 1:
         low, high = max(low, 0.0), min(high, 1.0)
     _, step = ticks(low, high)
     # Outwards to whole steps: then no value is above the highest tick, as 100 %.
     first, last = math.floor(low / step + EQUAL), math.ceil(high / step - EQUAL)
-    shown, suffix = (100, " %") if percent else (1, "")
     at = [k * step for k in range(first, last + 1)]
-    labelled = ((v, number(v * shown, step=step * shown) + suffix) for v in at)
+    labelled = ((v, number(v, step=step, percent=percent)) for v in at)
     return Axis(min(at[0], *values), max(at[-1], *values), tuple(labelled))
 
 
-def x_axis(values: Sequence[float], *, log: bool, at: Sequence[float] | None) -> Axis:
+def roomy(
+    values: Sequence[float],
+    *,
+    log: bool,
+    percent: bool = False,
+    at: Sequence[float] | None = None,
+) -> Axis:
     """An axis a little longer than the values, so that markers at its ends are whole.
 
     Args:
         values: What it must hold; above 0 if `log`.
         log: Equal ratios are equal distances.
+        percent: They are fractions.
         at: Its ticks; else they are chosen.
     """
     values = [*values, *(at or ())]
     if log:
-        low, high = _span([math.log10(value) for value in values])
+        low, high = span([math.log10(value) for value in values])
         room = 0.04 * (high - low)
         low, high = 10 ** (low - room), 10 ** (high + room)
     else:
-        low, high = _span(values)
+        low, high = span(values)
         room = 0.04 * (high - low)
         low, high = low - room, high + room
+    step = None
     if at is not None:
-        labelled = [(v, number(v)) for v in at]
+        chosen = at
     elif log:
-        labelled = [(v, number(v)) for v in log_ticks(low, high)]
+        chosen = log_ticks(low, high)
     else:
         chosen, step = ticks(low, high)
-        labelled = [(v, number(v, step=step)) for v in chosen]
-    return Axis(low, high, tuple(sorted(labelled)), log)
+    labelled = ((v, number(v, step=step, percent=percent)) for v in sorted(chosen))
+    return Axis(low, high, tuple(labelled), log)
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
+def span(values: Sequence[float]) -> tuple[float, float]:
     """Ends of the values, apart even where all are equal."""
     low, high = min(values), max(values)
     if high - low <= EQUAL * max(abs(low), abs(high)):
@@ -127,8 +134,16 @@ def log_ticks(low: float, high: float, *, most: int = 7) -> list[float]:
     return inside if len(inside) > 1 else ticks(low, high, most=4)[0]
 
 
-def number(value: float, *, step: float | None = None) -> str:
-    """A tick's label: 0.25, 1k, 2.5M; with the decimals that a step from tick to tick needs."""
+def number(value: float, *, step: float | None = None, percent: bool = False) -> str:
+    """A tick's label: 0.25, 1k, 2.5M, 25 %; with the decimals that a step from tick to tick needs.
+
+    Args:
+        value: What is shown.
+        step: From tick to tick; else four digits are shown at most.
+        percent: The value is a fraction.
+    """
+    if percent:
+        return number(100 * value, step=None if step is None else 100 * step) + " %"
     unit, suffix = next((u for u in UNITS if abs(value) >= u[0] * (1 - EQUAL)), (1.0, ""))
     decimals = 0 if step is None else -math.floor(math.log10(step / unit) + EQUAL)
     if step is None or abs(value) >= 1e15 or decimals > 6:
@@ -138,3 +153,19 @@ def number(value: float, *, step: float | None = None) -> str:
         if suffix and "." in text:
             text = text.rstrip("0").rstrip(".")
     return text.replace("-", "−") + suffix
+
+
+def precision(values: Sequence[float], *, digits: int, percent: bool = False) -> float:
+    """The step between neighbours when values are shown with so many digits.
+
+    Args:
+        values: The largest has the digits; whole numbers have none after the point.
+        digits: Of the largest value, those before the point with it.
+        percent: The values are fractions, and one of 100 % has one digit more.
+    """
+    largest = max(map(abs, values), default=0.0)
+    if percent or largest == 0:
+        return 10.0**-digits
+    if all(value == round(value) for value in values):
+        return 1.0
+    return 10.0 ** (math.ceil(math.log10(largest) - EQUAL) - digits)

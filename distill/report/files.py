@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from distill import storage
-from distill.report.plot import Figure, png, svg
+from distill.report.plot import Plot, png, svg
 
 
 def write(
-    out: Path, stem: str, found: Mapping[str, Any], *, table: str, figure: Figure | None, html: str
+    out: Path, stem: str, found: Mapping[str, Any], *, table: str, figure: Plot | None, html: str
 ) -> None:
     """Put `STEM.json`, `.csv`, `.html`, and of a picture `.svg` and `.png`, into `out`."""
     storage.write(out / f"{stem}.json", (json.dumps(found, indent=1) + "\n").encode())
@@ -28,6 +28,12 @@ def write(
 ONE_SEED = (
     "One seed: how much the same training would differ with another one is not in these intervals; "
     "--seeds 0,1,2 puts it there."
+)
+
+
+ONE_RUN = (
+    "One seed: how much the same training would differ with another one is not in this interval; "
+    "runs with other seeds, evaluated together, put it there."
 )
 
 
