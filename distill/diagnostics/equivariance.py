@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from distill.diagnostics.tapped import shared
+
 Kind = Literal["translate_x", "translate_y", "rotate", "scale", "shear"]
 Edge = Literal["reflect", "wrap"]
 Method = Literal["jvp", "differences"]
@@ -68,9 +70,11 @@ def lie_derivative(
         One value an image. `relative` is infinite where all images get the same probabilities, and
         0 where they do not change.
     """
+    # LeViT's layers keep what they computed, which in forward mode is no plain tensor.
+    copied = shared(network)
 
     def answer(images: Tensor) -> Tensor:
-        probabilities: Tensor = network(images).logits.softmax(dim=-1)
+        probabilities: Tensor = copied(images).logits.softmax(dim=-1)
         return probabilities
 
     batches = torch.split(images, batch_size)
