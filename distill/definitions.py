@@ -106,7 +106,7 @@ def _form(unit: Unit, value: float) -> tuple[str, str]:
         case "pixels":
             return f"{value:.2f}", " px"
         case "nats" | "ratio" | "number":
-            return f"{value:.4g}", ""
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}", ""
 
 
 def _large(value: float) -> str:

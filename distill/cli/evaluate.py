@@ -5,33 +5,49 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from distill import console
+from distill.cli._options import AsJson, DeviceBatchSize, Workers
 from distill.cli._report import print_json, reporting
+from distill.definitions import SUITES, definitions, shown
 
 if TYPE_CHECKING:
-    from distill.data.datasets import Dataset
-    from distill.engine.machine import Machine
-    from distill.evaluate import Predictions
+    from distill.definitions import Number
+    from distill.evidence import Evidence
+    from distill.suites.subjects import Subject, Tested
 
-
-class Evaluated(NamedTuple):
-    """A run's student on its test split."""
-
-    run: Path
-    student: str
-    parameters: int
-    flops: int
-    predictions: Predictions
-    dataset: Dataset
-    names: list[str]  # of the images' files; empty where the data set is not a folder
+DEFAULT = "clean,fidelity,cost"
 
 
 def evaluate(
     runs: Annotated[list[Path], Argument(metavar="RUN...", help="Run directories.")],
+    suite: Annotated[
+        str,
+        Option(metavar="NAME,...", help=f"What is measured: {', '.join(SUITES)}, or all of them."),
+    ] = DEFAULT,
+    out: Annotated[
+        Path | None,
+        Option(
+            metavar="DIR",
+            help="Where report.html and evaluation.json are written.",
+            show_default="the run; of several, runs/evaluation",
+        ),
+    ] = None,
+    images: Annotated[
+        int,
+        Option(min=1, metavar="N", help="Test images that are corrupted, spread over the split."),
+    ] = 1000,
+    corrupted: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="Official files, CIFAR-10-C or CIFAR-100-C, to be read."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="Foreground masks of the test images, PNG, by the same names."),
+    ] = None,
     predictions: Annotated[
         Path | None,
         Option(
@@ -44,166 +60,124 @@ def evaluate(
         Path | None,
         Option(metavar="DIR", help="Where the data lie now; left out: as the recipe says."),
     ] = None,
-    as_json: Annotated[
-        bool, Option("--json", help="Print the scores as one line of JSON on stdout.")
-    ] = False,
+    workers: Workers = None,
+    device_batch_size: DeviceBatchSize = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Accuracy and calibration of trained students on their test split.
+    """Measure trained students, their teachers, and the same students without one; write a report.
 
-    Several runs are compared with the first, image by image: the gain in top-1 comes with a 95 %
-    interval over the test images.
+    Several runs are compared with the first, image by image. Those that differ in their seed alone
+    count as one, and their intervals hold the seeds too.
 
-    Example: distill evaluate runs/quickstart/baseline runs/quickstart
+    Example: distill evaluate runs/quickstart --suite all
     """
     with reporting():
-        for run in runs:
-            _require_finished(run)
+        chosen = _suites(suite)
         from distill.engine import machine
+        from distill.evidence import Options, gather
 
-        here = machine.setup()
-        done = [_evaluated(run, data_root, here) for run in runs]
-        _require_same_data(done)
-        rows = [_row(one, done[0]) for one in done]
+        here = machine.setup(workers=workers, device_batch_size=device_batch_size)
+        place = out or (runs[0] if len(runs) == 1 else Path("runs/evaluation"))
+        options = Options(chosen, images, corrupted, masks, data_root)
+        found = gather(runs, place, options, here)
         if console.err.quiet:  # another process prints the result
             return
         if predictions is not None:
-            for one, path in zip(done, _paths(predictions, runs), strict=True):
-                _write(path, one)
-                console.say(f"wrote {path}")
+            _write_predictions(predictions, found.subjects)
+        console.say(f"wrote {place / 'report.html'} and {place / 'evaluation.json'}")
     if as_json:
-        print_json({"runs": rows})
+        print_json(found.to_json(tables=False) | {"out": str(place)})
     else:
-        _show(rows)
+        _show(found)
 
 
-def _require_finished(run: Path) -> None:
-    from distill.errors import PreflightError
+def _suites(text: str) -> tuple[str, ...]:
+    from distill.component import suggestion
+    from distill.errors import RecipeError
 
-    for name in ("recipe.yaml", "student.safetensors"):
-        if not (run / name).is_file():
-            raise PreflightError(
-                f"{run}: has no {name}",
-                hint="a run directory has both when `distill train` is done with it",
-            )
-
-
-def _evaluated(run: Path, data_root: Path | None, here: Machine) -> Evaluated:
-    """Run the student that `run` saved over its test split."""
-    from distill.data import datasets, folder
-    from distill.engine.session import answers
-    from distill.models import cost, weights
-    from distill.recipe import Recipe
-
-    recipe = Recipe.load(run / "recipe.yaml")
-    if data_root is not None:
-        data = recipe.data.model_copy(update={"root": str(data_root)})
-        recipe = recipe.model_copy(update={"data": data})
-    if here.device.type == "cpu":  # the run's own precision may be one that a GPU is needed for
-        train = recipe.train.model_copy(update={"precision": "fp32"})
-        recipe = recipe.model_copy(update={"train": train})
-    dataset = datasets.load(recipe.data)
-    network = weights.load(run).to(here.device)
-    names = []
-    if recipe.data.name == "folder":
-        root = Path(str(recipe.data.root)).expanduser().absolute()
-        names = [entry.name for entry in folder.scan(root, recipe.data.split_file).test]
-    return Evaluated(
-        run=run,
-        student=network.model,
-        parameters=cost.parameters(network),
-        flops=cost.flops(network, dataset.image_size),
-        predictions=answers(network, "test", recipe, dataset, here),
-        dataset=dataset,
-        names=names,
-    )
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in SUITES and name != "all":
+            raise RecipeError(f"--suite {name}: no such suite{suggestion(name, [*SUITES, 'all'])}")
+    return tuple(name for name in SUITES if name in names or "all" in names)
 
 
-def _require_same_data(done: list[Evaluated]) -> None:
-    from distill.errors import IncompatibleError
-
-    first = done[0]
-    for one in done[1:]:
-        if one.dataset.fingerprint != first.dataset.fingerprint:
-            raise IncompatibleError(
-                f"{one.run}: its data ({one.dataset.name}, {len(one.dataset.test):,} test images) "
-                f"are not those of {first.run} ({first.dataset.name}, "
-                f"{len(first.dataset.test):,})",
-                hint="runs are compared image by image; evaluate these one at a time",
-            )
-
-
-def _row(one: Evaluated, first: Evaluated) -> dict[str, Any]:
-    """The scores of a run, and its gain over the first one."""
-    from distill.evaluate import paired_gain, scores
-
-    row = {
-        "run": str(one.run),
-        "student": one.student,
-        "parameters": one.parameters,
-        "flops": one.flops,
-        "images": len(one.predictions.ids),
-        **scores(one.predictions)._asdict(),
-    }
-    if one is not first:
-        gain, interval = paired_gain(one.predictions, first.predictions)
-        row |= {"gain": gain, "gain_ci95": list(interval)}
-    return row
-
-
-def _paths(file: Path, runs: list[Path]) -> list[Path]:
-    """One file for each run; the last part of its path tells them apart, or the whole if not."""
-    if len(runs) == 1:
-        return [file]
-    names = [run.resolve().name for run in runs]
+def _write_predictions(file: Path, subjects: list[Subject]) -> None:
+    """A CSV for each run; the last part of its path tells them apart, or the whole if not."""
+    runs = [
+        (run, member)
+        for subject in subjects
+        if subject.role == "run"
+        for run, member in zip(subject.runs, subject.members, strict=True)
+    ]
+    names = [run.resolve().name for run, _ in runs]
     if len(set(names)) < len(names):
-        names = ["-".join(part for part in run.parts if part != run.anchor) for run in runs]
-    return [file.with_name(f"{file.stem}-{name}{file.suffix}") for name in names]
+        names = ["-".join(part for part in run.parts if part != run.anchor) for run, _ in runs]
+    for name, (_, member) in zip(names, runs, strict=True):
+        path = file if len(runs) == 1 else file.with_name(f"{file.stem}-{name}{file.suffix}")
+        _write(path, member)
+        console.say(f"wrote {path}")
 
 
-def _write(path: Path, one: Evaluated) -> None:
+def _write(path: Path, tested: Tested) -> None:
     """The answers as CSV: id, name of the file where there is one, and what was said of it."""
     from distill import storage
+    from distill.data import folder
 
-    told, dataset = one.predictions, one.dataset
+    told, data = tested.answers.predictions, tested.recipe.data
+    classes, files = tested.dataset.classes, []
+    if data.name == "folder":
+        root = Path(str(data.root)).expanduser().absolute()
+        files = [entry.name for entry in folder.scan(root, data.split_file).test]
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["id", "name", "label", "predicted", "confidence", "correct"])
-    for i in range(len(told.ids)):
+    table.writerow(["id", "name", "label", "predicted", "confidence", "nll", "correct"])
+    for i, number in enumerate(told.ids):
         table.writerow(
             [
-                told.ids[i],
-                one.names[told.ids[i]] if one.names else "",
-                dataset.classes[told.labels[i]],
-                dataset.classes[told.predicted[i]],
+                number,
+                files[number] if files else "",
+                classes[told.labels[i]],
+                classes[told.predicted[i]],
                 f"{told.confidence[i]:.6f}",
+                f"{told.nll[i]:.6g}",
                 int(told.correct[i]),
             ]
         )
     storage.write(path, text.getvalue().encode(errors="surrogateescape"))
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
+def _cell(name: str, number: Number) -> str:
+    return "" if number.value is None else console.plain(shown(name, number, interval=False))
+
+
+def _show(found: Evidence) -> None:
+    """The numbers, a table a suite, and what the comparisons come to."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("run", "student"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("parameters", "top-1", "top-5", "NLL", "ECE"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            console.plain(row["run"]),
-            console.plain(row["student"]),
-            f"{row['parameters']:,}",
-            f"{row['top1']:.2%}",
-            f"{row['top5']:.2%}",
-            f"{row['nll']:.3f}",
-            f"{row['ece']:.3f}",
+    for i, (suite, by_name) in enumerate(found.found.items()):
+        table = Table(title=suite, title_justify="left", box=None, pad_edge=False)
+        table.add_column("", overflow="fold")
+        for subject in found.subjects:
+            table.add_column(console.plain(subject.name), justify="right", overflow="fold")
+        if i == 0:
+            table.add_row("model", *(console.plain(subject.model) for subject in found.subjects))
+        measures = dict.fromkeys(name for one in by_name.values() for name in one.numbers)
+        for name in measures:
+            numbers = [by_name[subject.name].numbers.get(name) for subject in found.subjects]
+            cells = ["" if n is None else _cell(name, n) for n in numbers]
+            if any(cells):
+                table.add_row(definitions()[name].title, *cells)
+        console.out.print(table, "", highlight=False)
+    for one in found.comparisons:
+        of = f"{console.plain(one.subject)} over {console.plain(one.reference)}"
+        gain = shown("gain", one.numbers["gain"], interval=False)
+        low, high = (100 * end for end in one.numbers["gain"].ci95 or ())
+        seeds = one.numbers["gain"].seeds
+        over = "images" if seeds == 1 else f"images and {seeds} seeds"
+        p = one.numbers["mcnemar_p"].value
+        console.out.print(
+            f"gain of {of}: {gain} (95 % interval over {over} {low:+.2f} to {high:+.2f}; "
+            f"McNemar p = {p:.2g})",
+            highlight=False,
         )
-    console.out.print(table)
-    for row in rows[1:]:
-        low, high = (100 * end for end in row["gain_ci95"])
-        runs = f"{console.plain(row['run'])} over {console.plain(rows[0]['run'])}"
-        gain = f"{100 * row['gain']:+.2f} points"
-        interval = f"95 % interval over images {low:+.2f} to {high:+.2f}"
-        console.out.print(f"gain of {runs}: {gain} ({interval})", highlight=False)

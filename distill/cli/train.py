@@ -64,6 +64,7 @@ def train(
 
         from distill.engine import launch
         from distill.engine.train import train as run
+        from distill.report import run as report
 
         if (status := launch.spread(sys.argv[1:])) is not None:
             raise Exit(status)
@@ -77,8 +78,9 @@ def train(
             compile=compile,
             checkpoint_seconds=checkpoint_seconds,
         )
-    if console.err.quiet:  # another process prints the result
-        return
+        if console.err.quiet:  # another process prints the result
+            return
+        report.write(Path(result.run))
     if as_json:
         print_json(result.to_json())
     else:

@@ -104,13 +104,15 @@ def _size(student: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> list
     if teacher is None:
         return []
     parts = []
-    for name, word in (("parameters", "parameters"), ("macs", "multiply-adds")):
+    for name, fewer, more in (
+        ("parameters", "fewer parameters", "more parameters"),
+        ("macs", "fewer multiply-adds", "more multiply-adds"),
+        ("latency_1_p50", "quicker for one image here", "slower for one image here"),
+    ):
         own, theirs = (value(side, "cost", name) for side in (student, teacher))
         if own and theirs:
-            parts.append(f"{theirs / own:.3g} times fewer {word}")
-    own, theirs = (value(side, "cost", "latency_1_p50") for side in (student, teacher))
-    if own and theirs:
-        parts.append(f"{theirs / own:.3g} times quicker for one image here")
+            ratio, word = (theirs / own, fewer) if theirs >= own else (own / theirs, more)
+            parts.append(f"{ratio:.3g} times {word}")
     return [f"Than its teacher: {', '.join(parts)}."] if parts else []
 
 

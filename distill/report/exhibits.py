@@ -52,7 +52,7 @@ def numbers(found: Found, suite: str) -> Iterator[Block]:
     subjects = [s for s in found["subjects"] if s["numbers"].get(suite)]
     names = dict.fromkeys(name for s in subjects for name in s["numbers"][suite])
     rows: list[tuple[str, ...]] = []
-    reasons: dict[tuple[str, str], None] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for name in names:
         cells = []
         for subject in subjects:
@@ -60,7 +60,7 @@ def numbers(found: Found, suite: str) -> Iterator[Block]:
             if one is None or one.value is None:
                 cells.append("–")
                 if one is not None:
-                    reasons[subject["name"], one.reason] = None
+                    reasons.setdefault(one.reason, {})[subject["name"]] = None
             else:
                 cells.append(shown(name, one))
         rows.append((definitions()[name].title, *cells))
@@ -74,8 +74,8 @@ def numbers(found: Found, suite: str) -> Iterator[Block]:
             name=suite,
         )
     if reasons:
-        said = "; ".join(f"{name}: {reason}" for name, reason in reasons)
-        yield Text(f"Not defined where there is a dash. {said}.")
+        said = ". ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        yield Text(f"A dash: not defined for this model. {said}.")
 
 
 def clean(found: Found, images: Images) -> Iterator[Block]:
@@ -259,7 +259,7 @@ def bias(found: Found, images: Images) -> Iterator[Block]:
         for key, caption in (
             ("rollout", f"Where {name} looks: attention rollout"),
             ("saliency", f"What {name} reacts to: the gradient of the predicted class"),
-            ("receptive_field", f"What the middle of the last grid of {name} sees"),
+            ("receptive_field", f"What the middle of each grid of {name} sees"),
         ):
             if pictures := shown_by.get(key):
                 items = [Image(i.png, i.lines, ", ".join(i.lines) or caption) for i in pictures]
@@ -273,7 +273,7 @@ def _cka(name: str, table: Mapping[str, Any]) -> Picture:
     )
     return Picture(
         Heatmap(
-            f"Where {name} is like its teacher", f"layers of {name}", "layers of the teacher",
+            f"Where {name} is like the teacher", f"layers of {name}", "layers of the teacher",
             teacher, student, table["means"], "CKA", low=0.0, high=1.0,
         ),
         f"cka-{name}",
@@ -284,8 +284,15 @@ def _cka(name: str, table: Mapping[str, Any]) -> Picture:
 def dense(found: Found, images: Images) -> Iterator[Block]:
     """What the features know of foreground and background."""
     yield from numbers(found, "dense")
-    notes = {table["masks"]: None for table in _tables(found, "dense").values() if "masks" in table}
-    yield from map(Text, notes)
+    tables = {n: table for n, table in _tables(found, "dense").items() if "grid" in table}
+    yield from map(Text, {table["masks"]: None for table in tables.values()})
+    if tables:
+        grids = ", ".join(f"{n} {rows} × {c}" for n, t in tables.items() for rows, c in [t["grid"]])
+        best = max(table["trivial"] for table in tables.values())
+        yield Text(
+            f"Cells of the last grid: {grids}; a coarser one draws coarser borders. All foreground "
+            f"or all background has {best:.2%}."
+        )
     for name, shown_by in images.items():
         if pictures := shown_by.get("dense"):
             items = [Image(i.png, i.lines, ", ".join(i.lines)) for i in pictures]

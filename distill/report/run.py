@@ -156,4 +156,4 @@ def _thinned(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], 
 def recipe(run: Path) -> Code:
     """The run's complete recipe."""
     text = (run / "recipe.yaml").read_text(encoding="utf-8")
-    return Code(text, "The recipe, complete: `distill train` with it repeats the run.")
+    return Code(text, "The recipe, complete: distill train repeats the run with it.")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
+from distill.definitions import SUITES, definitions
+from distill.engine import launch
 from distill.evaluate import ece
 from tests.cli.conftest import images, listing, process
 
@@ -28,17 +30,24 @@ def answers(path: Path) -> list[dict[str, str]]:
 
 def test_a_run_scores_as_it_did_after_training(distill: Callable[..., Result], runs: Path) -> None:
     before = listing(runs)
-    (row,) = rows(distill("evaluate", runs / "kd", "--json"))
+    (row,) = rows(distill("evaluate", runs / "kd", "--json", "--suite", "clean"))
     result = json.loads((runs / "kd" / "result.json").read_text())
     for key in ("top1", "top5", "nll", "ece", "student", "parameters", "flops"):
         assert row[key] == result[key]
     assert row["run"] == str(runs / "kd")
     assert row["images"] == 897
-    assert listing(runs) == before  # nothing is written into a run
+    new = {"kd/report.html", "kd/evaluation.json", "kd/evaluation.csv", "kd/.lock"}
+    after = listing(runs)
+    assert {name: data for name, data in after.items() if name not in new} == {
+        name: data for name, data in before.items() if name not in new
+    }
+    assert new <= set(after)
 
 
 def test_runs_are_compared_with_the_first(distill: Callable[..., Result], runs: Path) -> None:
-    alone, taught = rows(distill("evaluate", runs / "kd/baseline", runs / "kd", "--json"))
+    alone, taught = rows(
+        distill("evaluate", runs / "kd/baseline", runs / "kd", "--json", "--suite", "clean")
+    )
     result = json.loads((runs / "kd" / "result.json").read_text())
     assert "gain" not in alone
     assert taught["gain"] == pytest.approx(result["gain"])
@@ -48,7 +57,7 @@ def test_runs_are_compared_with_the_first(distill: Callable[..., Result], runs: 
 
 def test_a_table_for_people(distill: Callable[..., Result], runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "kd/baseline", tmp_path / "[red]x[y]")
-    result = distill("evaluate", runs / "kd", "[red]x[y]")
+    result = distill("evaluate", runs / "kd", "[red]x[y]", "--suite", "clean,cost")
     assert result.exit_code == 0, result.stderr
     for word in ("top-1", "top-5", "NLL", "ECE", "parameters", "gain", "[red]x[y]", "vit"):
         assert word in result.stdout
@@ -57,7 +66,9 @@ def test_a_table_for_people(distill: Callable[..., Result], runs: Path, tmp_path
 def test_answers_for_every_image(
     distill: Callable[..., Result], runs: Path, tmp_path: Path
 ) -> None:
-    (row,) = rows(distill("evaluate", runs / "kd", "--predictions", "a.csv", "--json"))
+    (row,) = rows(
+        distill("evaluate", runs / "kd", "--predictions", "a.csv", "--json", "--suite", "clean")
+    )
     told = answers(tmp_path / "a.csv")
     assert [int(line["id"]) for line in told] == list(range(897))
     correct = np.array([line["correct"] == "1" for line in told])
@@ -71,12 +82,14 @@ def test_answers_for_every_image(
 def test_answers_of_several_runs(
     distill: Callable[..., Result], runs: Path, tmp_path: Path
 ) -> None:
-    two = distill("evaluate", runs / "kd", runs / "kd/baseline", "--predictions", "a.csv")
+    two = distill(
+        "evaluate", runs / "kd", runs / "kd/baseline", "--predictions", "a.csv", "--suite", "clean"
+    )
     assert two.exit_code == 0, two.stderr
     assert {path.name for path in tmp_path.glob("*.csv")} == {"a-kd.csv", "a-baseline.csv"}
     for name in ("one", "two"):
         shutil.copytree(runs / "kd", tmp_path / name / "kd")
-    both = distill("evaluate", "one/kd", "two/kd", "--predictions", "b.csv")
+    both = distill("evaluate", "one/kd", "two/kd", "--predictions", "b.csv", "--suite", "clean")
     assert both.exit_code == 0, both.stderr
     assert {path.name for path in tmp_path.glob("b*")} == {"b-one-kd.csv", "b-two-kd.csv"}
 
@@ -104,7 +117,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_answers_name_the_files(
     distill: Callable[..., Result], photos: Path, tmp_path: Path
 ) -> None:
-    result = distill("evaluate", photos / "run", "--predictions", "a.csv")
+    result = distill("evaluate", photos / "run", "--predictions", "a.csv", "--suite", "clean")
     assert result.exit_code == 0, result.stderr
     told = answers(tmp_path / "a.csv")
     assert len(told) == 16
@@ -116,8 +129,10 @@ def test_answers_name_the_files(
 
 def test_data_that_moved(distill: Callable[..., Result], photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos / "photos", tmp_path / "moved")
-    (here,) = rows(distill("evaluate", photos / "run", "--json"))
-    (there,) = rows(distill("evaluate", photos / "run", "--data-root", "moved", "--json"))
+    (here,) = rows(distill("evaluate", photos / "run", "--json", "--suite", "clean"))
+    (there,) = rows(
+        distill("evaluate", photos / "run", "--data-root", "moved", "--json", "--suite", "clean")
+    )
     assert there == here
     lost = distill("evaluate", photos / "run", "--data-root", "nowhere")
     assert lost.exit_code == 6
@@ -162,3 +177,58 @@ def test_as_a_user_runs_it(runs: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert json.loads(done.stdout)["runs"][0]["run"] == "kd"
+
+
+def test_two_processes_find_the_same_to_the_last_digit(runs: Path, tmp_path: Path) -> None:
+    # 897 images in batches of 16: a last one that is smaller, and one process has one more.
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        command = ["evaluate", runs / "kd", "--suite", "clean,fidelity,corruptions", "--images"]
+        arguments = [str(one) for one in (*command, 33, "--out", out)]
+        assert launch.spawn(count, arguments) == 0
+        told = json.loads((out / "evaluation.json").read_text())
+        assert told["environment"].pop("processes") == count
+        found.append(told)
+    assert found[0] == found[1]
+
+
+def test_every_suite_of_every_subject_is_in_the_files(
+    distill: Callable[..., Result], runs: Path, tmp_path: Path
+) -> None:
+    result = distill(
+        "evaluate", runs / "kd", "--suite", "all", "--images", 16, "--out", "e", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    kept = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert [one["role"] for one in kept["subjects"]] == ["run", "teacher", "alone"]
+    known = {name: one for name, one in definitions().items() if one.suite != "comparison"}
+    for subject, short in zip(kept["subjects"], printed["subjects"], strict=True):
+        assert short == {key: value for key, value in subject.items() if key != "tables"}
+        assert set(subject["numbers"]) == set(SUITES)
+        for suite, numbers in subject["numbers"].items():
+            assert set(numbers) == {name for name, one in known.items() if one.suite == suite}
+            for name, number in numbers.items():
+                assert number["definition_version"] == known[name].version
+                assert (number["value"] is None) == bool(number.get("reason")), name
+                if number["ci95"] and number["value"] is not None:
+                    low, high = number["ci95"]
+                    assert low <= number["value"] <= high, name
+    (comparison,) = kept["comparisons"]
+    assert set(comparison["numbers"]) == {
+        name for name, one in definitions().items() if one.suite == "comparison"
+    }
+    with (tmp_path / "e" / "evaluation.csv").open(newline="", encoding="utf-8") as file:
+        rows_ = list(csv.DictReader(file))
+    assert len(rows_) == 3 * len(known)
+    html = (tmp_path / "e" / "report.html").read_text()
+    for heading in ("Training", "Accuracy and calibration", "Corruptions", "Cost", "Inductive"):
+        assert heading in html
+
+
+def test_an_unknown_suite(distill: Callable[..., Result], runs: Path) -> None:
+    result = distill("evaluate", runs / "kd", "--suite", "corruption")
+    assert result.exit_code == 2
+    assert "--suite corruption: no such suite" in result.stderr
+    assert "corruptions" in result.stderr
