@@ -76,7 +76,7 @@ def to_grid(x: Tensor, layout: Layout, image: Size) -> Float[Tensor, "B C h w"]:
 
 def _grid_of(cells: int, layout: Layout, image: Size) -> Size:
     """The grid as it was found, or that of an image of another size."""
-    if cells == layout.grid[0] * layout.grid[1]:
+    if cells == layout.grid[0] * layout.grid[1] and _fits(layout.grid, image):
         return layout.grid
     fitting = [grid for grid in _factors(cells) if _fits(grid, image)]
     return min(fitting, key=lambda grid: not _exact(grid, image))

@@ -85,7 +85,7 @@ class Network(nn.Module):
         self.input_size = description.input_size
         self.reinitialised = tuple(reinitialised)
         self._tapped: tuple[str, ...] = ()
-        self._seen: dict[str, Any] = {}  # by the backbone's hooks, in the pass in work
+        self._seen = _Seen()  # by the backbone's hooks, in the pass in work
         self._examined: Examined | None = None
         self.classes = description.classes
         if selection is not None and self.classes is not None:
@@ -170,6 +170,10 @@ class Network(nn.Module):
         """
         kernels = [m.kernel_size for m in self.modules() if isinstance(m, nn.Conv2d)]
         return sum(max(kernel) > 1 for kernel in kernels) > 1
+
+
+class _Seen(dict[str, Any]):
+    """A dict that `torch.export` does not take apart: hooks and network go on to share it."""
 
 
 def probe(network: Network, image_size: int) -> None:

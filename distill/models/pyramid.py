@@ -76,8 +76,7 @@ class PyramidBackbone(nn.Module):
     alone they have `fixed_size`.
 
     What the network computes behind those grids, such as its logits, gets no gradient; of an
-    exported program, `run_decompositions` takes it out. Export a deep copy: `torch.export` cuts
-    the taps of the module that it is given.
+    exported program, `run_decompositions` takes it out.
 
     Attributes:
         network: Shares its parameters and buffers with the one it was made from.

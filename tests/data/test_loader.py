@@ -268,7 +268,7 @@ def test_evaluation_has_each_id_once(in_files: Dataset, world: int, workers: int
                 assert torch.equal(image, torch.tensor(expected).permute(2, 0, 1) / 255)
             mine.append(numbers.tolist())
         assert mine == whole[rank::world]  # so a batch is the same for every number of ranks
-        seen += sum(mine, [])
+        seen += [number for batch in mine for number in batch]
     assert sorted(seen) == sorted(ids.tolist())
 
 

@@ -175,3 +175,9 @@ def test_tokens_in_front_are_left_out_and_nothing_is_copied_of_others() -> None:
         assert torch.equal(grid, x)
         if kind != TOKENS:
             assert grid.data_ptr() == activation.data_ptr()
+
+
+def test_as_many_cells_of_another_shape_are_told_by_the_image() -> None:
+    layout = Layout("tokens", 3, (4, 4), 1)
+    x = torch.arange(2 * 3 * 16.0).reshape(2, 3, 2, 8)
+    assert torch.equal(to_grid(as_tokens(x, 1), layout, (32, 128)), x)
