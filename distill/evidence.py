@@ -37,6 +37,7 @@ class Options(NamedTuple):
     corrupted: Path | None = None  # official files
     masks: Path | None = None  # of the test images
     data_root: Path | None = None
+    reference: Path | None = None  # a run that all are compared with; left out: the first
 
 
 class Evidence(NamedTuple):
@@ -96,15 +97,20 @@ def gather(runs: Sequence[Path], out: Path, options: Options, here: Machine) -> 
         IncompatibleError: If their test images are not the same, or files do not fit them.
         DivergedError: If a network's answers are not finite numbers.
     """
+    runs = list(runs)
+    if options.reference is not None and options.reference not in runs:
+        runs.append(options.reference)
     require_finished(runs)
     subjects = find(runs, options.data_root, here)
+    named = [subject.name for subject in subjects if options.reference in subject.runs]
+    reference = named[0] if named else None
     with storage.lock(out) if here.main else nullcontext():
         found: dict[str, dict[str, Found]] = {}
         for suite in options.suites:
             if here.main or suite in SHARED:
                 console.say(f"{suite}: {SUITES[suite]}")
-                found[suite] = _measure(suite, subjects, options, here)
-        comparisons = comparison.compare_all(subjects, found)
+                found[suite] = _measure(suite, subjects, options, here, reference)
+        comparisons = comparison.compare_all(subjects, found, reference)
         evidence = Evidence(subjects, found, comparisons, _environment(here))
         if here.main:
             report.write(evidence.to_json(), _images(found), out)
@@ -121,7 +127,7 @@ def _images(found: Mapping[str, Mapping[str, Found]]) -> dict[str, dict[str, lis
 
 
 def _measure(
-    suite: str, subjects: list[Subject], options: Options, here: Machine
+    suite: str, subjects: list[Subject], options: Options, here: Machine, reference: str | None
 ) -> dict[str, Found]:
     match suite:
         case "clean":
@@ -130,7 +136,11 @@ def _measure(
             return fidelity.measure(subjects, here)
         case "corruptions":
             return corruptions.measure(
-                subjects, here, images=options.images, folder=options.corrupted
+                subjects,
+                here,
+                images=options.images,
+                folder=options.corrupted,
+                reference=reference,
             )
         case "bias":
             return bias.measure(subjects, here)

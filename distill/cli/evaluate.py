@@ -48,6 +48,14 @@ def evaluate(
         Path | None,
         Option(metavar="DIR", help="Foreground masks of the test images, PNG, by the same names."),
     ] = None,
+    reference: Annotated[
+        Path | None,
+        Option(
+            metavar="RUN",
+            help="The run that all are compared with, and that mCE is relative to.",
+            show_default="the first; of mCE its student without teacher",
+        ),
+    ] = None,
     predictions: Annotated[
         Path | None,
         Option(
@@ -78,7 +86,7 @@ def evaluate(
 
         here = machine.setup(workers=workers, device_batch_size=device_batch_size)
         place = out or (runs[0] if len(runs) == 1 else Path("runs/evaluation"))
-        options = Options(chosen, images, corrupted, masks, data_root)
+        options = Options(chosen, images, corrupted, masks, data_root, reference)
         found = gather(runs, place, options, here)
         if console.err.quiet:  # another process prints the result
             return

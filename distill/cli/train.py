@@ -148,9 +148,9 @@ def _show(result: Result) -> None:
         f"{result.images_per_second:,.0f} images/s"
     )
     run = console.plain(result.run)
-    compared = f"{run}/baseline {run}" if result.baseline else run
     following = (
-        f"next: distill evaluate {compared}\n"
+        f"page: {run}/report.html\n"
+        f"next: distill evaluate {run}\n"
         f"      python -c \"import distill; student = distill.load('{run}')\""
     )
     console.out.print(

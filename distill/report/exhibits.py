@@ -73,6 +73,9 @@ def numbers(found: Found, suite: str) -> Iterator[Block]:
             numeric=range(1, len(subjects) + 1),
             name=suite,
         )
+    told = [one for subject in subjects for one in subject["numbers"][suite].values()]
+    if any(len(s["seeds"]) > 1 for s in subjects) and all(one["seeds"] == 1 for one in told):
+        yield Text("Where there are several seeds, these are the numbers of the first.")
     if reasons:
         said = ". ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         yield Text(f"A dash: not defined for this model. {said}.")

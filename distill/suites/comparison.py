@@ -30,14 +30,16 @@ class Comparison(NamedTuple):
 
 
 def compare_all(
-    subjects: Sequence[Subject], found: Mapping[str, Mapping[str, Found]]
+    subjects: Sequence[Subject],
+    found: Mapping[str, Mapping[str, Found]],
+    reference: str | None = None,
 ) -> list[Comparison]:
-    """Each run with its control, and with the first run."""
+    """Each run with its control, and with the reference; left out, that is the first run."""
     by_name = {subject.name: subject for subject in subjects}
     runs = [subject for subject in subjects if subject.role == "run"]
     pairs: dict[tuple[str, str], None] = {}
     for subject in runs:
-        for other in (subject.control, runs[0].name):
+        for other in (subject.control, reference or runs[0].name):
             if other not in (None, subject.name) and (other, subject.name) not in pairs:
                 pairs[subject.name, str(other)] = None
     return [compare(by_name[one], by_name[other], found) for one, other in pairs]

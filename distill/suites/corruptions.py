@@ -52,7 +52,12 @@ class Judged(NamedTuple):
 
 
 def measure(
-    subjects: Sequence[Subject], here: Machine, *, images: int, folder: Path | None = None
+    subjects: Sequence[Subject],
+    here: Machine,
+    *,
+    images: int,
+    folder: Path | None = None,
+    reference: str | None = None,
 ) -> dict[str, Found]:
     """Accuracy by corruption and severity, and its means.
 
@@ -61,6 +66,8 @@ def measure(
         here: Where.
         images: Of the test split, spread over it evenly; the same for all.
         folder: Official files, read for the corruptions that they hold.
+        reference: The subject that errors are relative to; left out: the first run's student
+            without teacher, else its teacher, else itself.
 
     Raises:
         IncompatibleError: If the official files are of other images.
@@ -68,8 +75,10 @@ def measure(
     names = (*corruptions.COMMON, *corruptions.EXTRA, *corruptions.AFFINE)
     judged = _judged(networks(subjects), names, here, images, folder)
     read = official.available(folder) if folder else ()
-    reference = next(one for one in subjects if one.name == _reference(subjects))
-    known = [judged.get(one.key) for one in reference.members]
+    first = subjects[0]
+    name = reference or first.control or first.teacher or first.name
+    other = next(one for one in subjects if one.name == name)
+    known = [judged.get(one.key) for one in other.members]
     theirs = [one for one in known if one is not None]
     found = {}
     for subject in subjects:
@@ -90,7 +99,7 @@ def measure(
             "images": len(own[0].ids),
             "clean": float(np.mean([one.clean.mean() for one in own])),
             "accuracy": {name: accuracy[i].tolist() for i, name in enumerate(names)},
-            "reference": reference.name if theirs else None,
+            "reference": name if theirs else None,
             "official": list(read),
             "approximated": {
                 name: why for name, why in corruptions.APPROXIMATED.items() if name not in read
@@ -99,12 +108,6 @@ def measure(
         per_image = {"mca": [_mean(one.correct, names, corruptions.COMMON) for one in own]}
         found[subject.name] = Found(numbers, {"corruptions": table}, {}, per_image)
     return found
-
-
-def _reference(subjects: Sequence[Subject]) -> str:
-    """Whom all are relative to: the first run's student without teacher, its teacher, or itself."""
-    first = subjects[0]
-    return first.control or first.teacher or first.name
 
 
 def _judged(

@@ -100,11 +100,12 @@ def find(runs: Sequence[Path], data_root: Path | None, here: Machine) -> list[Su
         PreflightError: If data or weights are not there.
         IncompatibleError: If their test images are not the same.
     """
-    loaded = [_load(run, data_root) for run in runs]
+    load = _Runs(data_root)
+    loaded = [load(run) for run in runs]
     _require_same_images(loaded)
     groups: dict[str, list[_Loaded]] = {}
     for one in loaded:
-        kind, seed = _kind(one.recipe), one.recipe.train.seed
+        kind, seed = _kind(one.recipe, one.result), one.recipe.train.seed
         again = seed in [other.recipe.train.seed for other in groups.get(kind, ())]
         groups.setdefault(f"{kind} {one.path}" if again else kind, []).append(one)
     panel = _Panel(here)
@@ -112,7 +113,7 @@ def find(runs: Sequence[Path], data_root: Path | None, here: Machine) -> list[Su
     for kind, group in groups.items():
         own = found[kind]
         teacher = panel.teacher(group) or panel.subjects[own].teacher
-        control = _control(group, found, panel, data_root)
+        control = _control(group, found, panel, load)
         panel.subjects[own] = panel.subjects[own]._replace(teacher=teacher, control=control)
         if control is not None and panel.subjects[control].teacher is None:
             panel.subjects[control] = panel.subjects[control]._replace(teacher=teacher)
@@ -182,20 +183,18 @@ def evenly(count: int, most: int) -> Int[np.ndarray, " n"]:
 _ORDER = ("run", "teacher", "alone")
 
 
-def _control(
-    group: list[_Loaded], found: dict[str, str], panel: _Panel, data_root: Path | None
-) -> str | None:
+def _control(group: list[_Loaded], found: dict[str, str], panel: _Panel, load: _Runs) -> str | None:
     """The subject that is the same student without teacher."""
     recipe = group[0].recipe
     if recipe.transfers or not (recipe.teachers or recipe.cache):
         return None
-    alone = recipe.without_teacher()
-    if (named := found.get(_kind(alone))) is not None:
+    alone = _kind(recipe.without_teacher(), group[0].result)
+    if (named := found.get(alone)) is not None:
         return named
     paths = [one.path / "baseline" for one in group]
     if not all((path / "student.safetensors").is_file() for path in paths):
         return None
-    return panel.add("alone", "student alone", [_load(path, data_root) for path in paths])
+    return panel.add("alone", "student alone", [load(path) for path in paths])
 
 
 class _Panel:
@@ -296,17 +295,25 @@ def _members(network: Together) -> str:
     return f"{len(network.networks)} networks together"
 
 
-def _load(path: Path, data_root: Path | None) -> _Loaded:
-    """A finished run, as it can be run here."""
-    recipe = Recipe.load(path / "recipe.yaml")
-    if data_root is not None:
-        data = recipe.data.model_copy(update={"root": str(data_root)})
-        recipe = recipe.model_copy(update={"data": data})
-    if not torch.cuda.is_available():  # the run's own precision may be one that a GPU is needed for
-        train = recipe.train.model_copy(update={"precision": "fp32"})
-        recipe = recipe.model_copy(update={"train": train})
-    dataset = datasets.load(recipe.data)
-    return _Loaded(path, recipe, dataset, weights.load(path), Run(path).finished())
+class _Runs:
+    """Finished runs, as they can be run here; equal data are loaded once."""
+
+    def __init__(self, data_root: Path | None) -> None:
+        self._root = data_root
+        self._datasets: dict[str, Dataset] = {}
+
+    def __call__(self, path: Path) -> _Loaded:
+        recipe = Recipe.load(path / "recipe.yaml")
+        if self._root is not None:
+            data = recipe.data.model_copy(update={"root": str(self._root)})
+            recipe = recipe.model_copy(update={"data": data})
+        if not torch.cuda.is_available():  # the run's own precision may need a GPU
+            train = recipe.train.model_copy(update={"precision": "fp32"})
+            recipe = recipe.model_copy(update={"train": train})
+        key = recipe.data.model_dump_json()
+        if key not in self._datasets:
+            self._datasets[key] = datasets.load(recipe.data)
+        return _Loaded(path, recipe, self._datasets[key], weights.load(path), Run(path).finished())
 
 
 def _require_same_images(loaded: list[_Loaded]) -> None:
@@ -321,13 +328,18 @@ def _require_same_images(loaded: list[_Loaded]) -> None:
             )
 
 
-def _kind(recipe: Recipe) -> str:
-    """What decides a run, apart from its seed and its precision."""
-    identity = recipe.identity()
-    identity["train"] = {
-        key: value for key, value in identity["train"].items() if key not in ("seed", "precision")
-    }
-    return json.dumps(identity, sort_keys=True)
+def _kind(recipe: Recipe, result: Result | None) -> str:
+    """What decides a run, apart from its seed and its precision.
+
+    A recipe's identity has no weights: those that a student began with, and those of teachers that
+    no recipe trained, are known by what the run found of them.
+    """
+    identity, known = recipe.identity(), {} if result is None else result.identity
+    for key in ("seed", "precision"):
+        del identity["train"][key]
+    taught = zip(recipe.teachers, known.get("teachers", []), strict=False)
+    given = [key for spec, key in taught if spec.recipe is None]
+    return json.dumps([identity, known.get("student"), given], sort_keys=True)
 
 
 def _name(group: list[_Loaded]) -> str:

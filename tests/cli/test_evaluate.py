@@ -227,6 +227,21 @@ def test_every_suite_of_every_subject_is_in_the_files(
         assert heading in html
 
 
+def test_a_reference_that_all_are_compared_with(
+    distill: Callable[..., Result], runs: Path, tmp_path: Path
+) -> None:
+    options = ("--suite", "corruptions", "--images", 8, "--out", "e", "--json")
+    result = distill("evaluate", runs / "kd", "--reference", runs / "teacher", *options)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert [run["run"] for run in found["runs"]] == [str(runs / "kd"), str(runs / "teacher")]
+    pairs = {(one["subject"], one["reference"]) for one in found["comparisons"]}
+    assert ("kd", "teacher") in pairs
+    own, other = found["subjects"][:2]
+    assert own["tables"]["corruptions"]["corruptions"]["reference"] == other["name"] == "teacher"
+    assert other["numbers"]["corruptions"]["mce"]["value"] == pytest.approx(1.0)
+
+
 def test_an_unknown_suite(distill: Callable[..., Result], runs: Path) -> None:
     result = distill("evaluate", runs / "kd", "--suite", "corruption")
     assert result.exit_code == 2

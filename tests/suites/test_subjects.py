@@ -15,6 +15,7 @@ from distill.engine.machine import Machine
 from distill.errors import PreflightError
 from distill.models import weights
 from distill.suites.subjects import evenly, find, require_finished, sample, training_views
+from tests.cli.conftest import process
 
 
 @pytest.fixture
@@ -56,6 +57,19 @@ def test_a_named_run_is_the_control_or_the_teacher_of_another(
     found = find(paths, None, here)
     assert [one.role for one in found] == ["run"] * 3
     assert (found[0].teacher, found[0].control) == ("teacher", "baseline")
+
+
+def test_runs_with_other_weights_for_a_teacher_are_not_one(
+    evaluated: Path, here: Machine, tmp_path: Path
+) -> None:
+    for seed, teacher in enumerate(("teacher", "one")):
+        given = f"teachers=[{{weights: {evaluated / teacher}}}]"
+        changes = ("--set", given, "--set", f"train.seed={seed}", "--set", "train.epochs=1")
+        out = ("--out", tmp_path / f"from-{teacher}")
+        done = process("train", evaluated / "student.yaml", *out, *changes, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    found = find([tmp_path / "from-teacher", tmp_path / "from-one"], None, here)
+    assert [one.name for one in found if one.role == "run"] == ["from-teacher", "from-one"]
 
 
 def test_the_same_run_twice_is_two(evaluated: Path, here: Machine) -> None:
