@@ -176,7 +176,8 @@ def _show(found: Evidence) -> None:
             cells = ["" if n is None else _cell(name, n) for n in numbers]
             if any(cells):
                 table.add_row(definitions()[name].title, *cells)
-        console.out.print(table, "", highlight=False)
+        if table.rows:
+            console.out.print(table, "", highlight=False)
     for one in found.comparisons:
         of = f"{console.plain(one.subject)} over {console.plain(one.reference)}"
         gain = shown("gain", one.numbers["gain"], interval=False)

@@ -219,7 +219,8 @@ class _Panel:
             return None
         members_ = known if len(known) == 1 else [one for one in members if one is not None]
         runs = [Path(str(spec.weights)) for spec in _specs(group[0]) if _is_run(spec.weights)]
-        name = runs[0].name if len(runs) == 1 else known[0].model
+        several = len(group[0].recipe.teachers) > 1
+        name = runs[0].name if len(runs) == 1 else "teachers" if several else known[0].model
         name = name if name.startswith("teacher") else f"teacher {name}"
         seeds = tuple(range(len(members_)))
         return self._enter(Subject(name, "teacher", tuple(members_), tuple(runs), seeds))
