@@ -221,7 +221,7 @@ class _Panel:
         runs = [Path(str(spec.weights)) for spec in _specs(group[0]) if _is_run(spec.weights)]
         several = len(group[0].recipe.teachers) > 1
         name = runs[0].name if len(runs) == 1 else "teachers" if several else known[0].model
-        name = name if name.startswith("teacher") else f"teacher {name}"
+        name = name if "teacher" in name else f"teacher {name}"
         seeds = tuple(range(len(members_)))
         return self._enter(Subject(name, "teacher", tuple(members_), tuple(runs), seeds))
 
