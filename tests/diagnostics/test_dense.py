@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import sklearn.linear_model
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.data import datasets
 from distill.data.masks import automatic
 from distill.diagnostics import UndefinedError, dense
 from distill.diagnostics.dense import Dense, logistic, mean_iou, probe
+from distill.models.network import Network
 from distill.recipe import Data
 from tests.diagnostics.test_equivariance import VIT, student
+from tests.models import made
 
 
 def blobs(count: int, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -31,13 +33,17 @@ def blobs(count: int, size: int = 16) -> tuple[Tensor, Tensor]:
 def test_the_fit_is_that_of_scikit_learn(seed: int) -> None:
     draw = np.random.default_rng(seed)
     x = draw.normal(size=(200, 5))
-    y = (x @ draw.normal(size=5) + draw.normal(size=200) > 0.3).astype(float)
+    y = 1 / (1 + np.exp(-2 * (x @ draw.normal(size=5) + draw.normal(size=200)) + 0.6))
+    y = np.round(y) if seed % 2 else y  # classes, or shares
     ridge = 10.0 ** -(seed % 4 + 1)
-    model = sklearn.linear_model.LogisticRegression(C=1 / (200 * ridge), tol=1e-12, max_iter=10_000)
-    model.fit(x, y)
+    model = sklearn.linear_model.LogisticRegression(
+        C=1 / (200 * ridge), tol=1e-12, solver="newton-cholesky"
+    )
+    # A share is a row of each class, with the share as its weight.
+    model.fit(np.tile(x, (2, 1)), np.repeat([1, 0], 200), np.concatenate([y, 1 - y]))
     found = logistic(torch.tensor(x), torch.tensor(y), ridge=ridge)
-    np.testing.assert_allclose(found[:-1], model.coef_[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found[-1], model.intercept_[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[:-1], model.coef_[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[-1], model.intercept_[0], rtol=0, atol=1e-6)
 
 
 def test_the_fit_has_no_slope_left_wherever_it_began() -> None:
@@ -97,6 +103,71 @@ def test_features_that_hold_the_mask_are_read_to_the_cell() -> None:
     right = found.said[:, 2::4, 2::4] == coarse[found.held][:, 2::4, 2::4]
     assert right.double().mean() > 0.97
     assert of_all(found.features) > 0.8  # between the centres of cells the logits run on linearly
+
+
+class OfEachPixel(nn.Module):
+    """A grid that is a turned image, cell by pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.Conv2d(3, 6, 1)
+        self.fc = nn.Linear(6, made.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.turned(x).mean(dim=(2, 3)))
+        return logits
+
+
+def of_each_pixel() -> Network:
+    torch.manual_seed(0)
+    return made.wrapped(OfEachPixel(), "turned", (16, 16)).eval()
+
+
+def test_a_mask_that_is_linear_in_the_features_is_found_to_the_pixel() -> None:
+    images, masks = blobs(40)
+    shown = images.clone()
+    shown[:, 1] = 0.5 * masks + images[:, 0] - images[:, 2] / 2 + 0.25
+    found = probe(of_each_pixel(), shown, masks)
+    assert found.site.grid == (16, 16)
+    assert torch.equal(found.said, masks[found.held])
+    assert of_all(found.features) == 1
+    assert of_all(found.pixels) == 1  # here they are the same
+
+
+def test_features_that_know_nothing_are_worth_what_is_right_anyway() -> None:
+    _, masks = blobs(60)
+    noise = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    for network in (student(model="resnet8"), of_each_pixel()):
+        found = probe(network, noise, masks)
+        trivial = max(of_all(found.background), of_all(found.foreground))
+        assert of_all(found.features) == pytest.approx(trivial, abs=0.04)
+        assert of_all(found.pixels) == pytest.approx(trivial, abs=0.04)
+
+
+def test_the_order_of_the_images_does_not_matter() -> None:
+    images, masks = blobs(24)
+    network = student(**VIT)
+    one = probe(network, images, masks)
+    fitted = torch.tensor([i for i in range(24) if i not in one.held])
+    order = torch.arange(24)
+    order[one.held] = one.held.flip(0)
+    order[fitted[:9]] = fitted[:9].flip(0)  # three quarters; the last choose the ridge
+    two = probe(network, images[order], masks[order])
+    assert torch.equal(two.said, one.said.flip(0))
+    assert of_all(two.features) == pytest.approx(of_all(one.features), abs=1e-12)
+
+
+def test_no_more_cells_are_kept_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "CELLS", 10)
+    seen = []
+    layer = dense._layer
+    monkeypatch.setattr(
+        dense, "_layer", lambda *cells: seen.append(cells[1].shape) or layer(*cells)
+    )
+    for count in (6, 40):
+        images, masks = blobs(count)
+        assert len(probe(student(model="resnet8"), images, masks, batch_size=4).held) == count // 2
+    assert seen == [(3, 3), (3, 3), (10, 1), (10, 1)]
 
 
 def test_it_is_deterministic_and_holds_images_out() -> None:
@@ -159,5 +230,14 @@ def test_what_has_no_answer() -> None:
         probe(student(model="mlp"), images, masks)
     with pytest.raises(UndefinedError, match="fewer than 4 images"):
         probe(student(**VIT), images[:3], masks[:3])
-    with pytest.raises(UndefinedError, match="all foreground or all background"):
-        probe(student(**VIT), images, torch.ones_like(masks))
+    held = probe(student(**VIT), images, masks).held
+    alone = torch.zeros_like(masks)
+    alone[held] = masks[held]
+    for same in (torch.ones_like(masks), torch.zeros_like(masks), alone, masks & ~alone):
+        with pytest.raises(UndefinedError, match="all foreground or all background"):
+            probe(student(**VIT), images, same)
+    broken = of_each_pixel()
+    with torch.no_grad():
+        broken.get_parameter("backbone.turned.bias")[0] = torch.inf
+    with pytest.raises(UndefinedError, match="not finite"):
+        probe(broken, images, masks)

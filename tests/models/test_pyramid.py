@@ -226,20 +226,23 @@ def test_there_is_nothing_to_make_one_of(student: Student) -> None:
         pyramid(student(**VIT | {"patch_size": 16}))  # one cell
 
 
-@pytest.mark.parametrize("model", ["vit", "resnet8"])
+@pytest.mark.parametrize("model", ["vit", "resnet8", "timm/vit_tiny_patch16_224"])
 def test_an_exported_one_takes_any_number_of_images(student: Student, model: str) -> None:
-    network = student(**VIT) if model == "vit" else student(model)
+    if model.startswith("timm/"):
+        network, size, classes = made.network(model, depth=3), made.SQUARE, made.CLASSES
+    else:
+        network, size, classes = student(**VIT if model == "vit" else {"model": model}), (16, 16), 4
     found = pyramid(network, channels=8).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = ({0: batch},)
-    program = torch.export.export(found, (made.images((16, 16)),), dynamic_shapes=shapes)
+    program = torch.export.export(found, (made.images(size),), dynamic_shapes=shapes)
     program = program.run_decompositions({})
     for count in (1, 3):
-        x = made.images((16, 16), count)
+        x = made.images(size, count)
         torch.testing.assert_close(program.module()(x), found(x), rtol=1e-4, atol=1e-5)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "call_function"]
     assert not [
-        one for one in values if isinstance(one, Tensor) and one.shape[1:] == (4,)
+        one for one in values if isinstance(one, Tensor) and one.shape[1:] == (classes,)
     ]  # logits
 
 

@@ -15,6 +15,7 @@ from distill.errors import IncompatibleError
 from distill.suites import corruptions
 from distill.suites.corruptions import Judged
 from distill.suites.subjects import Subject, evenly, find
+from tests.cli.conftest import process
 
 IMAGES = 40
 
@@ -101,3 +102,35 @@ def test_official_files_of_another_size_are_refused(
     np.save(tmp_path / "fog.npy", np.zeros((5 * len(labels), 32, 32, 3), np.uint8))
     with pytest.raises(IncompatibleError, match=r"holds images of 32 px, the runs see 8 px"):
         corruptions.measure(subjects, here, images=IMAGES, folder=tmp_path)
+
+
+def test_official_files_are_shown_in_place_of_our_own(here: Machine, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        """
+        data: {name: digits, fraction: 0.2, image_size: 32}
+        student: {model: resnet8}
+        objective: [{term: ce}]
+        optimizer: {name: sgd, lr: 0.1}
+        train: {epochs: 4, batch_size: 16}
+        """
+    )
+    done = process("train", "recipe.yaml", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (subject,) = find([tmp_path / "run"], None, here)
+    source = subject.first.dataset.test
+    assert source.pixels is not None
+    clean = np.broadcast_to(source.pixels, (len(source), 32, 32, 3))
+    files = tmp_path / "c"
+    files.mkdir()
+    np.save(files / "labels.npy", np.tile(source.labels, 5).astype(np.uint8))
+    # What they call fog are the images as they are; from the third severity on, their negatives.
+    np.save(files / "fog.npy", np.concatenate([clean, clean, *[255 - clean] * 3]))
+    found = corruptions.measure([subject], here, images=IMAGES, folder=files)
+    table = found[subject.name].tables["corruptions"]
+    assert table["official"] == ["fog"]
+    assert table["accuracy"]["fog"][:2] == [table["clean"]] * 2
+    assert len(set(table["accuracy"]["fog"][2:])) == 1
+    assert table["accuracy"]["fog"][2] != table["clean"]
+    own = corruptions.measure([subject], here, images=IMAGES)[subject.name].tables["corruptions"]
+    assert own["official"] == []
+    assert own["accuracy"]["snow"] == table["accuracy"]["snow"]
