@@ -76,8 +76,8 @@ def probe(
 
     Which images are which follows from their number alone, so that networks that are shown the same
     images are measured on the same. At most 8,192 cells are kept, equally many of each image, at
-    places that are drawn once. It costs one forward pass an image, and products of a matrix of
-    cells by channels.
+    places that are drawn once; no more images than that are fitted to. It costs one forward pass an
+    image, and products of a matrix of cells by channels.
 
     Args:
         network: Any.
@@ -91,24 +91,28 @@ def probe(
 
     Raises:
         UndefinedError: If there are fewer than 4 images, no such site or no grid of more than one
-            cell, features that are not finite, or but one class in the masks.
+            cell, features that are not finite, or but one class in the masks of a half.
     """
     if len(images) < FEWEST:
         raise UndefinedError(f"there are fewer than {FEWEST} images with masks")
-    if bool(masks.all()) or not bool(masks.any()):
-        raise UndefinedError("the masks are all foreground or all background")
-    copied, place = _opened(network, images, site)
     fitted, held = (half.to(images.device) for half in _halves(len(images)))
+    known = masks[held]
+    for half in (masks[fitted], known):
+        if bool(half.all()) or not bool(half.any()):
+            raise UndefinedError(
+                "the masks, or those of one half, are all foreground or all background"
+            )
+    copied, place = _opened(network, images, site)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        layers = _fitted(copied, place, images[fitted], masks[fitted], batch_size)
+        layers = _fitted(copied, place, images, masks, torch.split(fitted, batch_size))
         said: list[list[Tensor]] = [[], []]
         colours = Resample((images.shape[-2], images.shape[-1]), place.grid).to(images.device)
-        for shown in torch.split(images[held], batch_size):
+        for rows in torch.split(held, batch_size):
+            shown = images[rows]
             grids = copied(shown).features[place.name], colours(shown)
             for column, layer, grid in zip(said, layers, grids, strict=True):
                 column.append(_foreground(layer, grid, (masks.shape[-2], masks.shape[-1])))
         found, trivial = (torch.cat(column) for column in said)
-        known = masks[held]
         return Dense(
             site=place,
             ridge=layers[0].ridge,
@@ -199,23 +203,27 @@ def _opened(
 def _halves(count: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
     """Positions of the images that are fitted to, and of those that are held out, ascending."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
-    return order[: count // 2].sort().values, order[count // 2 :].sort().values
+    return order[: count // 2][:CELLS].sort().values, order[count // 2 :].sort().values
 
 
 def _fitted(
-    copied: Network, place: Site, images: Tensor, masks: Tensor, batch_size: int
+    copied: Network,
+    place: Site,
+    images: Float[Tensor, "N 3 H W"],
+    masks: Bool[Tensor, "N P Q"],
+    batches: tuple[Int[Tensor, " b"], ...],
 ) -> list[_Layer]:
-    """The layers on the features and on the mean colours of the cells."""
+    """The layers on the features and on the mean colours of the cells of these images."""
     size = (images.shape[-2], images.shape[-1]), (masks.shape[-2], masks.shape[-1])
     colours, shares = (Resample(own, place.grid).to(images.device) for own in size)
-    cells = math.prod(place.grid)
-    draws = torch.rand(len(images), cells, generator=torch.Generator().manual_seed(_SEED))
-    places = draws.argsort(dim=1)[:, : max(1, CELLS // len(images))].to(images.device)
+    count, cells = sum(map(len, batches)), math.prod(place.grid)
+    draws = torch.rand(count, cells, generator=torch.Generator().manual_seed(_SEED))
+    places = draws.argsort(dim=1)[:, : CELLS // count].to(images.device)
     kept = []
-    columns = (torch.split(column, batch_size) for column in (images, masks, places))
-    for shown, known, drawn in zip(*columns, strict=True):
+    for rows, drawn in zip(batches, torch.split(places, len(batches[0])), strict=True):
+        shown = images[rows]
         features = copied(shown).features[place.name].float()
-        grids = [features, colours(shown), shares(known[:, None].float())]
+        grids = [features, colours(shown), shares(masks[rows, None].float())]
         whole = torch.cat(grids, dim=1).flatten(2)
         kept.append(whole.gather(2, drawn[:, None].expand(-1, whole.shape[1], -1)).mT)
     of_features, of_colours, targets = torch.split(torch.cat(kept), [place.channels, 3, 1], dim=2)
@@ -248,8 +256,8 @@ def _foreground(
 ) -> Bool[Tensor, "B P Q"]:
     """Where the layer says foreground, at the masks' resolution."""
     logits = torch.einsum("bchw,c->bhw", grid.double(), layer.weight) + layer.bias
-    enlarged: Tensor = F.interpolate(logits[:, None], size, mode="bilinear")[:, 0]
-    return enlarged > 0
+    scaled: Tensor = F.interpolate(logits[:, None], size, mode="bilinear", antialias=True)[:, 0]
+    return scaled > 0
 
 
 def _right(said: Bool[Tensor, "M P Q"], known: Bool[Tensor, "M P Q"]) -> Float[Tensor, "M 2"]:
