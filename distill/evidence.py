@@ -162,10 +162,10 @@ def _rows(subjects: list[Subject]) -> list[dict[str, Any]]:
         if subject.role == "run"
         for run, member in zip(subject.runs, subject.members, strict=True)
     ]
-    first = runs[0][1].answers.predictions
+    first = runs[0][1].predictions
     rows = []
     for i, (run, member) in enumerate(runs):
-        network, told = member.network, member.answers.predictions
+        network, told = member.network, member.predictions
         assert isinstance(network, Network)
         row = {
             "run": str(run),

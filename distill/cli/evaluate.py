@@ -132,7 +132,7 @@ def _write(path: Path, tested: Tested) -> None:
     from distill import storage
     from distill.data import folder
 
-    told, data = tested.answers.predictions, tested.recipe.data
+    told, data = tested.predictions, tested.recipe.data
     classes, files = tested.dataset.classes, []
     if data.name == "folder":
         root = Path(str(data.root)).expanduser().absolute()

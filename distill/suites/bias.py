@@ -67,10 +67,13 @@ Part = Callable[[Asked], Found]
 def measure(subjects: Sequence[Subject], here: Machine) -> dict[str, Found]:
     """All parts of the first network of each."""
     by_name = {subject.name: subject for subject in subjects}
-    found = {}
+    found: dict[str, Found] = {}
+    shown: dict[tuple[int, float], Sample] = {}
     for subject in subjects:
         tested = subject.first
-        many = sample(tested, here, SHUFFLED)
+        if tested.view not in shown:
+            shown[tested.view] = sample(tested, here, SHUFFLED)
+        many = shown[tested.view]
         few = Sample(*(column[:IMAGES] for column in many))
         teacher = by_name[subject.teacher].first if subject.teacher else None
         asked = Asked(tested, few, many, teacher, here)

@@ -34,7 +34,7 @@ def measure(subjects: Sequence[Subject]) -> dict[str, Found]:
 
 def _scores(subject: Subject, by_name: dict[str, Subject]) -> Found:
     told = [member.answers for member in subject.members]
-    predictions = [one.predictions for one in told]
+    predictions = [member.predictions for member in subject.members]
     for one in predictions:
         evaluate.scores(one)  # refuses what is not finite
     pairs = [(one.logits, one.labels) for one in told]
@@ -46,7 +46,7 @@ def _scores(subject: Subject, by_name: dict[str, Subject]) -> Found:
         "brier": mean([calibration.brier(*pair) for pair in pairs]),
         "ece": _error([evaluate.gaps(one.confidence, one.correct) for one in predictions]),
         "ece_adaptive": _error(
-            [calibration.adaptive_gaps(*calibration.top_label(*pair)) for pair in pairs]
+            [calibration.adaptive_gaps(one.confidence, one.correct) for one in predictions]
         ),
         "temperature": _temperature(told),
         "ece_scaled": _scaled(told),
@@ -154,16 +154,15 @@ def _worst(subject: Subject, by_name: dict[str, Subject]) -> list[Image]:
     """The images that the first of its networks is most wrong about, with what was said of them."""
     tested = subject.first
     told, classes = tested.answers, tested.dataset.classes
-    p = np.exp(calibration.log_probabilities(told.logits))
-    nll = tested.answers.predictions.nll
-    order = np.argsort(-nll, kind="stable")[:WORST]
-    order = order[tested.answers.predictions.correct[order] == 0]
+    order = np.argsort(-tested.predictions.nll, kind="stable")[:WORST]
+    order = order[~tested.predictions.correct[order]]
+    said = np.exp(calibration.log_probabilities(told.logits[order]))
     taught = by_name[subject.teacher].first.answers.logits if subject.teacher else None
     found = []
-    for place, image in zip(order, pixels(tested, told.ids[order]), strict=True):
+    for place, p, image in zip(order, said, pixels(tested, told.ids[order]), strict=True):
         lines = [
-            f"label: {classes[told.labels[place]]}, {p[place, told.labels[place]]:.1%}",
-            f"student: {classes[p[place].argmax()]}, {p[place].max():.1%}",
+            f"label: {classes[told.labels[place]]}, {p[told.labels[place]]:.1%}",
+            f"student: {classes[p.argmax()]}, {p.max():.1%}",
         ]
         if taught is not None:
             q = np.exp(calibration.log_probabilities(taught[place : place + 1])[0])

@@ -53,7 +53,7 @@ def compare(one: Subject, other: Subject, found: Mapping[str, Mapping[str, Found
         other: With whom.
         found: What was measured, by suite and subject.
     """
-    sides = [[member.answers.predictions for member in side.members] for side in (one, other)]
+    sides = [[member.predictions for member in side.members] for side in (one, other)]
     seeds = min(map(len, sides))
     if max(map(len, sides)) == 1:  # as `distill train --baseline` has it
         gain, ends = evaluate.paired_gain(sides[0][0], sides[1][0])

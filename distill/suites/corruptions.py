@@ -120,8 +120,7 @@ def _judged(
     """By network; those that are shown the same images are shown them once."""
     alike: dict[tuple[int, float], list[Tested]] = {}
     for one in tested:
-        view = (one.dataset.image_size, one.recipe.data.eval_crop)
-        alike.setdefault(view, []).append(one)
+        alike.setdefault(one.view, []).append(one)
     found: dict[str, Judged] = {}
     for group in alike.values():
         rows = list(_rows(group, names, here, images, folder))

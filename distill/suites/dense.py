@@ -39,11 +39,15 @@ def measure(subjects: Sequence[Subject], here: Machine, *, masks: Path | None) -
         IncompatibleError: If masks are given, and the images are no files.
         PreflightError: If masks are missing or are no masks.
     """
-    found = {}
+    found: dict[str, Found] = {}
+    pairs: dict[tuple[int, float], tuple[Sample, Tensor | None]] = {}
     for subject in subjects:
         tested = subject.first
-        shown = sample(tested, here, IMAGES)
-        known = _given(tested, shown, masks) if masks else drawn.automatic(shown.images.cpu())
+        if tested.view not in pairs:
+            images = sample(tested, here, IMAGES)
+            own = _given(tested, images, masks) if masks else drawn.automatic(images.images.cpu())
+            pairs[tested.view] = images, own
+        shown, known = pairs[tested.view]
         try:
             if known is None:
                 raise UndefinedError("no masks were given, and the images have no plain background")

@@ -66,6 +66,9 @@ def _of(subject: Subject, teacher: Subject, control: Subject | None, here: Machi
     except UndefinedError as error:
         for name in ("error_imitation", "negative_transfer"):
             numbers.setdefault(name, Number(None, reason=str(error)))
+    if subject.role == "alone":
+        reason = "it is itself the student without the teacher"
+        numbers["negative_transfer"] = Number(None, reason=reason)
     numbers |= _on_training_views(subject, teacher, here)
     return Found(numbers, {"teacher": teacher.name}, {})
 

@@ -26,7 +26,7 @@ from distill.engine.networks import Together, facts, placed, trained
 from distill.engine.run import Result, Run
 from distill.engine.session import batches_of
 from distill.errors import DistillError, IncompatibleError, PreflightError
-from distill.evaluate import Answers
+from distill.evaluate import Answers, Predictions
 from distill.models import weights
 from distill.models.network import Network
 from distill.recipe import Recipe, Teacher
@@ -43,6 +43,12 @@ class Tested(NamedTuple):
     recipe: Recipe  # of the run whose images it sees
     dataset: Dataset
     answers: Answers  # to the test split
+    predictions: Predictions  # that those are
+
+    @property
+    def view(self) -> tuple[int, float]:
+        """What decides how the images are shown: equal views show the same pixels."""
+        return self.dataset.image_size, self.recipe.data.eval_crop
 
 
 class Subject(NamedTuple):
@@ -273,7 +279,7 @@ class _Panel:
         labels = one.dataset.test.labels
         told = Answers(np.arange(len(labels)), labels, logits)
         model = str(manifest.about["model"])
-        return Tested(manifest.id, model, None, one.recipe, one.dataset, told)
+        return Tested(manifest.id, model, None, one.recipe, one.dataset, told, told.predictions)
 
     def _test(self, network: Network | Together, weights_key: str, one: _Loaded) -> Tested:
         recipe, dataset, here = one.recipe, one.dataset, self.here
@@ -288,7 +294,8 @@ class _Panel:
                 autocast=machine.autocast(recipe.train.precision, here.device),
             )
             model = network.model if isinstance(network, Network) else _members(network)
-            self._tested[key] = Tested(key, model, network, recipe, dataset, told)
+            predictions = told.predictions
+            self._tested[key] = Tested(key, model, network, recipe, dataset, told, predictions)
         return self._tested[key]
 
 

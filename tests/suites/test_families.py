@@ -52,7 +52,7 @@ def test_every_measure_has_a_value_or_a_reason(model: str, monkeypatch: pytest.M
     )
     data, network = dataset(), made.network(model, made.SQUARE).eval().requires_grad_(False)
     told = Answers(np.arange(24), data.test.labels, np.zeros((24, made.CLASSES), np.float32))
-    tested = subjects.Tested(model, model, network, recipe, data, told)
+    tested = subjects.Tested(model, model, network, recipe, data, told, told.predictions)
     subject = subjects.Subject("it", "run", (tested,), (), (0,), teacher="it")
     here = machine.setup()
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -29,7 +29,7 @@ def test_a_run_brings_its_teacher_and_its_control(evaluated: Path, here: Machine
     assert (run.teacher, run.control) == (teacher.name, alone.name)
     assert alone.teacher == teacher.name  # by whom it is measured, though it never met it
     assert (run.model, teacher.model, alone.model) == ("vit", "resnet8", "vit")
-    told = evaluate.scores(alone.first.answers.predictions)
+    told = evaluate.scores(alone.first.predictions)
     network = weights.load(evaluated / "one" / "baseline").eval()
     with torch.no_grad():
         images = torch.from_numpy(alone.first.dataset.test.pixels).permute(0, 3, 1, 2)  # type: ignore[arg-type]
