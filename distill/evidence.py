@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils._pytree import tree_map_only
 
 from distill import console, evaluate, storage
 from distill.definitions import SUITES
+from distill.engine import machine
+from distill.engine.finished import require_finished
 from distill.engine.machine import Machine
 from distill.models import cost
 from distill.models.network import Network
@@ -22,11 +21,10 @@ from distill.report import evidence as report
 from distill.suites import Found, Image, bias, clean, comparison, corruptions, dense, fidelity
 from distill.suites import cost as costs
 from distill.suites.comparison import Comparison
-from distill.suites.subjects import Subject, find, require_finished
+from distill.suites.subjects import Subject, find
 
 FORMAT = 1  # of evaluation.json
 SHARED = ("clean", "fidelity", "corruptions")  # suites of which every process does its share
-PACKAGES = ("distill-kd", "torch", "torchvision", "timm", "numpy")
 
 
 class Options(NamedTuple):
@@ -111,7 +109,7 @@ def gather(runs: Sequence[Path], out: Path, options: Options, here: Machine) -> 
                 console.say(f"{suite}: {SUITES[suite]}")
                 found[suite] = _measure(suite, subjects, options, here, reference)
         comparisons = comparison.compare_all(subjects, found, reference)
-        evidence = Evidence(subjects, found, comparisons, _environment(here))
+        evidence = Evidence(subjects, found, comparisons, machine.environment(here))
         if here.main:
             report.write(evidence.to_json(), _images(found), out)
     return evidence
@@ -180,25 +178,3 @@ def _rows(subjects: list[Subject]) -> list[dict[str, Any]]:
             row |= {"gain": gain, "gain_ci95": list(interval)}
         rows.append(row)
     return rows
-
-
-def _environment(here: Machine) -> dict[str, Any]:
-    """What the times and the last bits of a number follow."""
-    cuda = here.device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-        "system": platform.platform(),
-        "device": torch.cuda.get_device_name(here.device) if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-        "processes": here.world,
-    }
-
-
-def _processor() -> str:
-    """The CPU's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

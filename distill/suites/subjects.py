@@ -13,23 +13,23 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from distill import console, evaluate, models
+from distill import console, evaluate
 from distill.cache import write
 from distill.cache.read import Reader
 from distill.cache.store import places
-from distill.data import datasets
 from distill.data.datasets import Dataset
 from distill.data.loader import Loader, evaluation_batches
-from distill.engine import machine
+from distill.engine import finished, machine
+from distill.engine.finished import Finished
 from distill.engine.machine import Machine
-from distill.engine.networks import Together, facts, placed, trained
-from distill.engine.run import Result, Run
+from distill.engine.networks import Together, placed
+from distill.engine.run import Result
 from distill.engine.session import batches_of
 from distill.errors import DistillError, IncompatibleError, PreflightError
 from distill.evaluate import Answers, Predictions
 from distill.models import weights
 from distill.models.network import Network
-from distill.recipe import Recipe, Teacher
+from distill.recipe import Recipe
 from distill.suites import as_bytes
 from distill.types import Batch
 
@@ -73,29 +73,6 @@ class Subject(NamedTuple):
         return self.first.model
 
 
-class _Loaded(NamedTuple):
-    path: Path
-    recipe: Recipe
-    dataset: Dataset
-    network: Network
-    result: Result | None
-
-
-def require_finished(runs: Sequence[Path]) -> None:
-    """Refuse what is no finished run, before anything is loaded.
-
-    Raises:
-        PreflightError: If a file is missing.
-    """
-    for run in runs:
-        for name in ("recipe.yaml", "student.safetensors"):
-            if not (run / name).is_file():
-                raise PreflightError(
-                    f"{run}: has no {name}",
-                    hint="a run directory has both when `distill train` is done with it",
-                )
-
-
 def find(runs: Sequence[Path], data_root: Path | None, here: Machine) -> list[Subject]:
     """The runs as subjects, then their teachers, then their students without teacher.
 
@@ -106,10 +83,10 @@ def find(runs: Sequence[Path], data_root: Path | None, here: Machine) -> list[Su
         PreflightError: If data or weights are not there.
         IncompatibleError: If their test images are not the same.
     """
-    load = _Runs(data_root)
+    load = finished.Loader(data_root)
     loaded = [load(run) for run in runs]
     _require_same_images(loaded)
-    groups: dict[str, list[_Loaded]] = {}
+    groups: dict[str, list[Finished]] = {}
     for one in loaded:
         kind, seed = _kind(one.recipe, one.result), one.recipe.train.seed
         again = seed in [other.recipe.train.seed for other in groups.get(kind, ())]
@@ -189,7 +166,9 @@ def evenly(count: int, most: int) -> Int[np.ndarray, " n"]:
 _ORDER = ("run", "teacher", "alone")
 
 
-def _control(group: list[_Loaded], found: dict[str, str], panel: _Panel, load: _Runs) -> str | None:
+def _control(
+    group: list[Finished], found: dict[str, str], panel: _Panel, load: finished.Loader
+) -> str | None:
     """The subject that is the same student without teacher."""
     recipe = group[0].recipe
     if recipe.transfers or not (recipe.teachers or recipe.cache):
@@ -211,20 +190,22 @@ class _Panel:
         self.subjects: dict[str, Subject] = {}
         self._tested: dict[str, Tested] = {}
 
-    def add(self, role: Literal["run", "teacher", "alone"], name: str, group: list[_Loaded]) -> str:
+    def add(
+        self, role: Literal["run", "teacher", "alone"], name: str, group: list[Finished]
+    ) -> str:
         """The name of the subject that these runs are."""
         members = [self._test(one.network, weights.fingerprint(one.network), one) for one in group]
         runs, seeds = [one.path for one in group], [one.recipe.train.seed for one in group]
         return self._enter(Subject(name, role, tuple(members), tuple(runs), tuple(seeds)))
 
-    def teacher(self, group: list[_Loaded]) -> str | None:
+    def teacher(self, group: list[Finished]) -> str | None:
         """The name of the subject that taught these runs; None where there is none, or not here."""
         members = [self._teacher(one) for one in group]
         known = list({one.key: one for one in members if one is not None}.values())
         if None in members or not known:
             return None
         members_ = known if len(known) == 1 else [one for one in members if one is not None]
-        runs = [Path(str(spec.weights)) for spec in _specs(group[0]) if _is_run(spec.weights)]
+        runs = [Path(str(spec.weights)) for spec in group[0].specs if _is_run(spec.weights)]
         several = len(group[0].recipe.teachers) > 1
         name = runs[0].name if len(runs) == 1 else "teachers" if several else known[0].model
         name = name if "teacher" in name else f"teacher {name}"
@@ -243,28 +224,25 @@ class _Panel:
         self.subjects[name] = subject._replace(name=name)
         return name
 
-    def _teacher(self, one: _Loaded) -> Tested | None:
+    def _teacher(self, one: Finished) -> Tested | None:
         recipe = one.recipe
-        try:
-            if not recipe.teachers:
+        if not recipe.teachers:
+            try:
                 return self._cached(one)
-            networks = [models.build_teacher(s, **facts(one.dataset)) for s in _specs(one)]
-        except DistillError as error:
-            console.warn(f"{one.path}: its teacher cannot be asked: {error}")
+            except DistillError as error:
+                console.warn(f"{one.path}: its teacher cannot be asked: {error}")
+                return None
+        networks = one.teachers()
+        if not networks:
             return None
         keys = [weights.fingerprint(network) for network in networks]
-        if one.result is not None and one.result.identity.get("teachers") != keys:
-            console.warn(
-                f"{one.path}: its teacher has other weights now than when it taught: it is left out"
-            )
-            return None
         if len(networks) == 1:
             return self._test(networks[0], keys[0], one)
         shares = [spec.weight for spec in recipe.teachers]
         ensemble = Together(networks, shares, recipe.ensemble)
         return self._test(ensemble, json.dumps([keys, shares, recipe.ensemble]), one)
 
-    def _cached(self, one: _Loaded) -> Tested | None:
+    def _cached(self, one: Finished) -> Tested | None:
         """A teacher of which there is a cache alone."""
         cache = one.recipe.cache
         if cache is None or cache.path is None:
@@ -281,7 +259,7 @@ class _Panel:
         model = str(manifest.about["model"])
         return Tested(manifest.id, model, None, one.recipe, one.dataset, told, told.predictions)
 
-    def _test(self, network: Network | Together, weights_key: str, one: _Loaded) -> Tested:
+    def _test(self, network: Network | Together, weights_key: str, one: Finished) -> Tested:
         recipe, dataset, here = one.recipe, one.dataset, self.here
         key = json.dumps([weights_key, dataset.image_size, recipe.data.eval_crop])
         if key not in self._tested:
@@ -303,28 +281,7 @@ def _members(network: Together) -> str:
     return f"{len(network.networks)} networks together"
 
 
-class _Runs:
-    """Finished runs, as they can be run here; equal data are loaded once."""
-
-    def __init__(self, data_root: Path | None) -> None:
-        self._root = data_root
-        self._datasets: dict[str, Dataset] = {}
-
-    def __call__(self, path: Path) -> _Loaded:
-        recipe = Recipe.load(path / "recipe.yaml")
-        if self._root is not None:
-            data = recipe.data.model_copy(update={"root": str(self._root)})
-            recipe = recipe.model_copy(update={"data": data})
-        if not torch.cuda.is_available():  # the run's own precision may need a GPU
-            train = recipe.train.model_copy(update={"precision": "fp32"})
-            recipe = recipe.model_copy(update={"train": train})
-        key = recipe.data.model_dump_json()
-        if key not in self._datasets:
-            self._datasets[key] = datasets.load(recipe.data)
-        return _Loaded(path, recipe, self._datasets[key], weights.load(path), Run(path).finished())
-
-
-def _require_same_images(loaded: list[_Loaded]) -> None:
+def _require_same_images(loaded: list[Finished]) -> None:
     first = loaded[0]
     for one in loaded[1:]:
         if one.dataset.fingerprint != first.dataset.fingerprint:
@@ -350,13 +307,9 @@ def _kind(recipe: Recipe, result: Result | None) -> str:
     return json.dumps([identity, known.get("student"), given], sort_keys=True)
 
 
-def _name(group: list[_Loaded]) -> str:
+def _name(group: list[Finished]) -> str:
     first = group[0].path.resolve().name
     return first if len(group) == 1 else f"{first} ({len(group)} seeds)"
-
-
-def _specs(one: _Loaded) -> list[Teacher]:
-    return [trained(spec, one.path, i) for i, spec in enumerate(one.recipe.teachers)]
 
 
 def _is_run(source: str | None) -> bool:

@@ -11,10 +11,11 @@ import torch
 
 from distill import evaluate
 from distill.engine import machine
+from distill.engine.finished import require_finished
 from distill.engine.machine import Machine
 from distill.errors import PreflightError
 from distill.models import weights
-from distill.suites.subjects import evenly, find, require_finished, sample, training_views
+from distill.suites.subjects import evenly, find, sample, training_views
 from tests.cli.conftest import process
 
 
