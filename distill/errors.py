@@ -7,6 +7,7 @@
   + IncompleteError (RuntimeError) 3  what is there is sound, and more is needed
   + IdentityError (ValueError)     4  what lies on disk was made from something else
   + DamagedError (RuntimeError)    5  a file is not what was written: no checkpoint is usable
+  + VerificationError (RuntimeError) 5  what was made does not say what it was made to say
   + PreflightError (OSError)       6  disk, permission, data or a lock stands in the way
     + data.images.BadImageError    6  a file is no usable image
   + Stopped                   75/130  asked to stop by a signal; the same command goes on
@@ -63,6 +64,12 @@ class IdentityError(DistillError, ValueError):
 
 class DamagedError(DistillError, RuntimeError):
     """A file is not what was written, and no older copy of it is whole."""
+
+    exit_status = 5
+
+
+class VerificationError(DistillError, RuntimeError):
+    """What was made does not say the same as what it was made from. Nothing was written."""
 
     exit_status = 5
 

@@ -10,12 +10,12 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from distill.errors import DamagedError, PreflightError
+from distill.errors import DamagedError, DistillError, PreflightError
 
 MANIFEST = "MANIFEST.json"
 
@@ -121,6 +121,47 @@ def read_folder(path: Path) -> dict[str, bytes]:
         if isinstance(error, DamagedError):
             raise
         raise DamagedError(f"{path}: {error}") from None
+
+
+@contextmanager
+def staged(folder: Path) -> Generator[Path]:
+    """A folder beside the files of `folder`, to make others in; it is gone in the end."""
+    aside = _temporary(folder / "staged")
+    try:
+        aside.mkdir()
+        yield aside
+    except OSError as error:
+        if isinstance(error, DistillError):
+            raise
+        _refuse(folder, error, 0)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def publish(aside: Path, folder: Path, *, first: str, stale: Collection[str] = ()) -> None:
+    """Move the files of `aside` into `folder`, each whole, in place of those of the same name.
+
+    Args:
+        aside: A folder on the same disk; its files are written through before the first is moved.
+        folder: Where they belong.
+        first: The file that is moved before all others.
+        stale: Files of an earlier time, that are removed unless they are replaced.
+
+    Raises:
+        PreflightError: If the disk is full, or the folder cannot be written.
+    """
+    names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name != first, name))
+    try:
+        for name in names:
+            with (aside / name).open("rb") as handle:
+                os.fsync(handle.fileno())
+        for name in set(stale) - set(names):
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            (aside / name).replace(folder / name)
+        _sync_folder(folder)
+    except OSError as error:
+        _refuse(folder, error, 0)
 
 
 @contextmanager

@@ -19,7 +19,8 @@ def test_a_wheel_carries_recipes_digits_and_licences(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "recipes").rglob("*.yaml"):
         assert f"distill/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in names
-    assert {"distill/data/digits.npz", "distill/data/digits.LICENSE.txt"} <= names
+    data = {"data/digits.npz", "data/digits.LICENSE.txt", "export/card/card.md.jinja"}
+    assert {f"distill/{name}" for name in data} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if "test" in name.split("/")[0]]
 

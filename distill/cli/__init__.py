@@ -13,6 +13,7 @@ import typer
 from distill.cli.check import check
 from distill.cli.env import env
 from distill.cli.evaluate import evaluate
+from distill.cli.export import export
 from distill.cli.init import init
 from distill.cli.list import list_
 from distill.cli.rank_teachers import rank_teachers
@@ -34,6 +35,7 @@ app.command("temperature-sweep")(temperature_sweep)
 app.command("rank-teachers")(rank_teachers)
 app.command("sample-efficiency")(sample_efficiency)
 app.command("evaluate")(evaluate)
+app.command("export")(export)
 app.command("check")(check)
 app.command("init")(init)
 app.command("list")(list_)

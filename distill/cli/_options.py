@@ -22,6 +22,10 @@ Compile = Annotated[
     bool, Option("--compile", help="Compile student and teacher with torch.compile.")
 ]
 CheckpointSeconds = Annotated[float, Option(min=0, help="Seconds between two checkpoints.")]
+DataRoot = Annotated[
+    Path | None,
+    Option(metavar="DIR", help="Where the data lie now; left out: as the recipe says."),
+]
 AsJson = Annotated[bool, Option("--json", help="Print the result as one line of JSON on stdout.")]
 Seeds = Annotated[
     str | None,

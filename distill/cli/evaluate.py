@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from distill import console
-from distill.cli._options import AsJson, DeviceBatchSize, Workers
+from distill.cli._options import AsJson, DataRoot, DeviceBatchSize, Workers
 from distill.cli._report import print_json, reporting
 from distill.definitions import SUITES, definitions, shown
 
@@ -64,10 +64,7 @@ def evaluate(
             "such as FILE-RUN.csv.",
         ),
     ] = None,
-    data_root: Annotated[
-        Path | None,
-        Option(metavar="DIR", help="Where the data lie now; left out: as the recipe says."),
-    ] = None,
+    data_root: DataRoot = None,
     workers: Workers = None,
     device_batch_size: DeviceBatchSize = None,
     as_json: AsJson = False,

@@ -100,19 +100,34 @@ class Network(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Outputs:
         """Logits of images in [0, 1]: backbone((resize(images) − mean) / std)."""
-        size = None if self.input_size is None else (self.input_size, self.input_size)
-        if size is not None and images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        images = self.resized(images)
         self._seen["image"] = images.shape[-2:]
-        logits = self.backbone((images - self.mean) / self.std)
-        if taps.TOKEN in self._tapped and isinstance(logits, tuple):  # the class token's is first
-            logits = logits[0]
-        if self.selection is not None:
-            logits = logits.index_select(1, self.selection)
+        logits = self.answered(self.normalised(images))
         if not self._tapped:
             return Outputs(logits)
         features = {name: self._seen.pop(name) for name in self._tapped}
         return Outputs(logits, features)
+
+    def resized(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 S S"]:
+        """The images at the size that the backbone takes; as they come where it takes any."""
+        size = None if self.input_size is None else (self.input_size, self.input_size)
+        if size is None or images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+    def normalised(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in [0, 1] as the backbone reads them."""
+        return (images - self.mean) / self.std
+
+    def answered(self, normalised: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B K"]:
+        """The backbone's logits, in the order of the classes."""
+        logits: Any = self.backbone(normalised)
+        if taps.TOKEN in self._tapped and isinstance(logits, tuple):  # the class token's is first
+            logits = logits[0]
+        if self.selection is not None:
+            logits = logits.index_select(1, self.selection)
+        answer: Tensor = logits
+        return answer
 
     def tap(self, names: Sequence[str]) -> None:
         """Give these features with every answer from now on.

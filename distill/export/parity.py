@@ -1,0 +1,163 @@
+"""Whether an exported file says what the student says, on real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+
+from distill import evaluate
+from distill.errors import VerificationError
+from distill.export.program import Logits, Pixels, Precision
+from distill.models.network import Network
+
+BATCHES = (1, 2, 7)  # sizes in which the first images are shown
+FIRST = 64  # images that are shown in batches of every size
+MOST = {"fp32": 1e-4, "fp16": 5e-3}  # of the difference: in logits, and in the largest logit
+_FILES_AGREE = 0.95
+_BATCH = 32  # images at once where only accuracy is asked for
+
+Answer = Callable[[Sequence[np.ndarray]], list[Logits]]  # to what the file takes
+
+
+class Known(NamedTuple):
+    """Test images, and what the student says of them in PyTorch."""
+
+    pixels: Pixels
+    labels: Int[np.ndarray, " N"]
+    logits: Float[np.ndarray, "N K"]
+
+
+class Parity(NamedTuple):
+    """How an exported file's answers compare with the student's. Rates are fractions in [0, 1]."""
+
+    images: int  # in batches of every size
+    batches: tuple[int, ...]
+    max_abs: float  # largest difference of a logit, over all that was asked
+    agreement: float  # same predicted class
+    accuracy: float
+    student_accuracy: float
+    accuracy_images: int
+    drop: float  # of accuracy
+    drop_ci95: tuple[float, float]  # paired bootstrap over the images
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in self._asdict().items()}
+
+
+def known(network: Network, pixels: Pixels, labels: Int[np.ndarray, " N"]) -> Known:
+    """What the student says of these images, on the CPU in float32."""
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / torch.tensor(255.0)
+    with torch.no_grad():
+        logits = torch.cat([network(part).logits for part in torch.split(images, _BATCH)])
+    return Known(pixels, labels, logits.numpy())
+
+
+def compare(answer: Answer, show: Callable[[Pixels], np.ndarray], student: Known) -> Parity:
+    """Ask for all images at once and for the first in small batches, and compare the answers.
+
+    Args:
+        answer: The exported file's runtime.
+        show: Brings pixels into what it takes.
+        student: What it ought to say.
+    """
+    first = student.pixels[:FIRST]
+    cuts = [(first, size) for size in BATCHES] + [(student.pixels, _BATCH)]
+    asked = [_cut(pixels, size) for pixels, size in cuts]
+    told = iter(answer([show(batch) for batches in asked for batch in batches]))
+    found = [np.concatenate([next(told) for _ in batches]) for batches in asked]
+    for logits in found:
+        if logits.shape[1:] != student.logits.shape[1:] or not np.isfinite(logits).all():
+            raise VerificationError(
+                f"it answers {logits.shape[1:]} values an image, or some that are not finite"
+            )
+    differences = [abs(logits - student.logits[: len(logits)]).max() for logits in found]
+    same = [
+        logits.argmax(axis=1) == student.logits[: len(logits)].argmax(axis=1) for logits in found
+    ]
+    own, exported = (evaluate.of_logits(x, student.labels) for x in (student.logits, found[-1]))
+    drop, interval = evaluate.paired_gain(own, exported)
+    return Parity(
+        images=len(first),
+        batches=BATCHES,
+        max_abs=float(max(differences)),
+        agreement=float(np.concatenate(same).mean()),
+        accuracy=float(exported.correct.mean()),
+        student_accuracy=float(own.correct.mean()),
+        accuracy_images=len(student.labels),
+        drop=drop,
+        drop_ci95=interval,
+    )
+
+
+class Files(NamedTuple):
+    """How a graph answers whole picture files, against the student on their evaluation view."""
+
+    images: int
+    max_abs: float  # largest difference of a logit
+    agreement: float  # same predicted class
+
+
+def compare_files(
+    answer: Answer,
+    pictures: Sequence[UInt8[np.ndarray, "H W 3"]],
+    logits: Float[np.ndarray, "n K"],
+) -> Files:
+    """Ask for pictures as their files hold them, one at a time: the graph has to resize them.
+
+    Raises:
+        VerificationError: If more than one in twenty is named otherwise. A pixel that is rounded to
+            the next level may turn a tie, a wrong way of resizing turns many.
+    """
+    told = np.concatenate(answer([picture[None] for picture in pictures]))
+    agreement = float((told.argmax(axis=1) == logits.argmax(axis=1)).mean())
+    if agreement < _FILES_AGREE:
+        raise VerificationError(
+            f"of {len(pictures)} picture files it names {agreement:.0%} as the student does"
+        )
+    return Files(len(pictures), float(abs(told - logits).max()), agreement)
+
+
+def require(parity: Parity, precision: Precision, student: Known, *, max_drop: float) -> None:
+    """Refuse a file that does not say the same.
+
+    In float32 every predicted class must be the student's and no logit may differ by more than
+    1e-4; in float16 none by more than 5e-3 of the largest. What rounding does to the classes is
+    bounded by the drop of accuracy.
+
+    Args:
+        parity: How it compares.
+        precision: The file's.
+        student: What it was compared with.
+        max_drop: Accuracy that may be lost to rounding, as a fraction.
+
+    Raises:
+        VerificationError: With what differs and by how much.
+    """
+    scale = 1.0 if precision == "fp32" else max(1.0, float(abs(student.logits).max()))
+    difference = parity.max_abs / scale
+    if difference > MOST.get(precision, np.inf):
+        raise VerificationError(
+            f"its logits differ from the student's by up to {parity.max_abs:.1e}"
+            + (f", {difference:.1e} of the largest" if scale > 1 else "")
+            + f"; allowed are {MOST[precision]:.0e}"
+        )
+    if precision == "fp32" and parity.agreement < 1:
+        raise VerificationError(
+            f"it names the student's class for {parity.agreement:.2%} of the images, not for all"
+        )
+    if parity.drop > max_drop:
+        low, high = parity.drop_ci95
+        raise VerificationError(
+            f"it is right on {parity.accuracy:.2%} of {parity.accuracy_images:,} test images, the "
+            f"student on {parity.student_accuracy:.2%}: {100 * parity.drop:.2f} points less "
+            f"({100 * low:.2f} to {100 * high:.2f}), and --max-drop is {100 * max_drop:g}"
+        )
+
+
+def _cut(pixels: Pixels, size: int) -> list[Pixels]:
+    return [pixels[i : i + size] for i in range(0, len(pixels), size)]

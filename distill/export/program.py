@@ -1,0 +1,243 @@
+"""The student as it is shipped: pictures to logits, as a graph that needs no toolkit to run."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from distill.errors import IncompatibleError
+from distill.models.network import Channels, Network
+
+Precision = Literal["fp32", "fp16", "int8"]
+# What is put into a file. Pictures: of any size, if it is to have the preprocessing, else squares.
+# Squares: in [0, 1] if it is to have the preprocessing, else normalised. Images: always in [0, 1].
+Takes = Literal["pictures", "squares", "images"]
+INPUT, OUTPUT = "images", "logits"
+Pixels = UInt8[np.ndarray, "b S S 3"]  # squares of the student's size, ready for evaluation
+Logits = Float[np.ndarray, "b K"]
+
+
+class Preprocessing(NamedTuple):
+    """How a picture becomes what the network reads; the evaluation view of `data.images`."""
+
+    size: int  # pixels of the square that is kept
+    shorter: int  # pixels to which the picture's shorter side is scaled first
+    mean: Channels  # of pixels in [0, 1]
+    std: Channels
+
+    def to_json(self) -> dict[str, Any]:
+        """The steps in their order, for whoever takes them."""
+        return {
+            "resize_shorter_side": self.shorter,
+            "interpolation": "bilinear, antialiased",
+            "center_crop": self.size,
+            "divide_by": 255,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+class Student(NamedTuple):
+    """What is exported."""
+
+    network: Network  # in eval mode, on the CPU, in float32
+    classes: tuple[str, ...]  # in the order of the logits
+    preprocessing: Preprocessing
+    inside: bool  # whether the graph does the preprocessing
+    calibration: Sequence[Pixels] = ()  # training images, by which int8 sets its ranges
+
+    def input(self, takes: Takes) -> dict[str, Any]:
+        """What a file takes, as people and programs read it."""
+        size = self.preprocessing.size
+        if takes == "pictures" and self.inside:
+            return {"name": INPUT, "dtype": "uint8", "shape": ["batch", "height", "width", 3]}
+        return {"name": INPUT, "dtype": "float32", "shape": ["batch", 3, size, size]}
+
+    @property
+    def example(self) -> Tensor:
+        """A batch of what an exported graph takes."""
+        size = self.preprocessing.size
+        if self.inside:  # sizes that no other dimension has: equal ones would be taken for one
+            return torch.zeros(2, size + 3, size + 8, 3, dtype=torch.uint8)
+        return torch.zeros(2, 3, size, size)
+
+    def shown(self, pixels: Pixels, takes: Takes) -> np.ndarray:
+        """Squares as a file takes them: where it cuts the centre of pictures, with a rim around."""
+        if takes == "images":
+            return in_unit(pixels)
+        if takes == "squares" or not self.inside:
+            return self.squares(pixels)
+        rim = self.preprocessing.shorter - self.preprocessing.size
+        before = round(rim / 2)
+        return np.pad(pixels, ((0, 0), *2 * [(before, rim - before)], (0, 0)))
+
+    def squares(self, pixels: Pixels) -> Float[np.ndarray, "b 3 S S"]:
+        """Squares as the network's part of the graph takes them."""
+        return in_unit(pixels) if self.inside else self.normalised(pixels)
+
+    def normalised(self, pixels: Pixels) -> Float[np.ndarray, "b 3 S S"]:
+        """Squares as the backbone reads them."""
+        steps = self.preprocessing
+        mean, std = (np.array(c, np.float32).reshape(3, 1, 1) for c in (steps.mean, steps.std))
+        normalised: np.ndarray = (in_unit(pixels) - mean) / std
+        return normalised
+
+
+def in_unit(pixels: Pixels) -> Float[np.ndarray, "b 3 S S"]:
+    """Squares as images in [0, 1]."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)) / np.float32(255)
+
+
+class Resize(nn.Module):
+    """Pictures of any size as squares in [0, 1]: shorter side scaled, centre cut.
+
+    Bilinear with antialias, as a product with two matrices of triangles. A graph can hold that for
+    any size of picture, and no runtime has to have an operator for it. Rounded to whole levels
+    after each direction, as Pillow does: one in a hundred values is a level off, more in pictures
+    that are taller than wide, which Pillow (from 13 on) scales in the other order.
+
+    Args:
+        preprocessing: Its sizes are read.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.size, self.shorter = preprocessing.size, preprocessing.shorter
+
+    def forward(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 S S"]:
+        """Images in [0, 1]."""
+        height, width = images.shape[1:3]
+        shorter = torch.sym_min(height, width)
+        x = images.permute(0, 3, 1, 2).float()
+        x = torch.floor(x @ self._triangles(width, shorter).T + 0.5)
+        x = torch.floor(self._triangles(height, shorter) @ x + 0.5)
+        return x / 255
+
+    def _triangles(self, length: int, shorter: int | torch.SymInt) -> Float[Tensor, "S length"]:
+        """What each pixel that is kept takes of those along one side; rows add up to 1."""
+        scaled = self.shorter * length // shorter
+        beyond = scaled - self.size
+        start = (beyond + beyond // 2 % 2) // 2  # half of it, rounded as Python does: to even
+        scale = torch.ones(()).mul(length / scaled)
+        centres = (torch.arange(self.size) + start + 0.5) * scale
+        distance = (torch.arange(length) + 0.5 - centres.unsqueeze(1)).abs()
+        weights = (1 - distance / scale.clamp(min=1)).clamp(min=0)
+        return weights / weights.sum(dim=1, keepdim=True)
+
+
+@final
+class Classify(nn.Module):
+    """Squares to logits: images in [0, 1], or normalised ones where the graph has no preprocessing.
+
+    Args:
+        network: What answers.
+        normalised: Whether the images are.
+        half: Whether all but input and output is in float16.
+    """
+
+    def __init__(self, network: Network, *, normalised: bool, half: bool) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network) if half else network
+        if half:
+            self.network.backbone.half()
+        self.normalised, self.half_precision = normalised, half
+
+    def forward(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B K"]:
+        """Logits in float32."""
+        x = self.network.resized(images)
+        if not self.normalised:
+            x = self.network.normalised(x)
+        return self.network.answered(x.half() if self.half_precision else x).float()
+
+
+class Whole(nn.Module):
+    """Pictures of any size to logits."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.resize = Resize(student.preprocessing)
+        self.classify = Classify(student.network, normalised=False, half=False)
+
+    def forward(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B K"]:
+        """Logits."""
+        logits: Tensor = self.classify(self.resize(images))
+        return logits
+
+
+def whole(student: Student) -> ExportedProgram:
+    """The student as one program, from what the exported file takes to logits."""
+    if student.inside:
+        return traced(Whole(student), student.example, student.network.model, any_size=True)
+    return classifier(student)
+
+
+def classifier(student: Student, precision: Precision = "fp32") -> ExportedProgram:
+    """The student as a program, from squares to logits."""
+    size = student.preprocessing.size
+    module = Classify(student.network, normalised=not student.inside, half=precision == "fp16")
+    return traced(module.eval(), torch.zeros(2, 3, size, size), student.network.model)
+
+
+def resize(student: Student) -> ExportedProgram:
+    """The preprocessing alone, from pictures of any size to squares in [0, 1]."""
+    module = Resize(student.preprocessing)
+    return traced(module, student.example, student.network.model, any_size=True)
+
+
+def traced(
+    module: nn.Module, example: Tensor, model: str, *, any_size: bool = False
+) -> ExportedProgram:
+    """The module as a program that takes any number of images.
+
+    It holds nothing of the machine that it was made on: no source lines, no paths.
+
+    Args:
+        module: Takes one tensor, returns one.
+        example: A batch of two.
+        model: Its name, for an error.
+        any_size: Whether the second and third dimension are free as well.
+
+    Raises:
+        IncompatibleError: If torch.export cannot follow the module; its reason is quoted.
+    """
+    free = [0, 1, 2] if any_size else [0]
+    shapes = dict.fromkeys(free, Dim.DYNAMIC)
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.export.export(
+                module.eval(), (example,), dynamic_shapes=(shapes,), strict=False
+            )
+    except Exception as error:  # its ways to fail are many, and none of them is a bug of ours
+        raise IncompatibleError(
+            f"{model}: torch.export cannot follow it: {reason(error)}",
+            hint="the safetensors format needs no graph",
+        ) from error
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+                    node.meta.pop(key, None)
+    program.example_inputs = None
+    return program
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' warnings: what matters of them shows when answers are compared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """An exporter's error in a line."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
