@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from distill.errors import IncompatibleError
@@ -26,6 +27,7 @@ PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 TAKES: Takes = "pictures"
 MOST_BYTES = 2**31 - 2**20  # of one protocol-buffer file, with room for the graph itself
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _PIXELS = "pixels"  # between preprocessing and network
 
 
@@ -91,7 +93,7 @@ def _translated(exported: ExportedProgram, model: str, output: str) -> ModelProt
     try:
         with program.quiet():
             found = torch.onnx.export(
-                exported,
+                exported.run_decompositions({_SDPA: _attention}),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
@@ -118,6 +120,26 @@ def _translated(exported: ExportedProgram, model: str, output: str) -> ModelProt
     del network.graph.value_info[:]  # shapes under the exporter's names of dimensions
     _name_dimensions(network)
     return network
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(Q Kᵀ · scale + mask) V, where the exporter cannot write it: over windows, in 5-D."""
+    if query.ndim == 4 or is_causal or enable_gqa:
+        return NotImplemented  # left as it is
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if mask is not None:
+        blocked = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if blocked else scores + mask
+    return scores.softmax(dim=-1) @ value
 
 
 def _name_dimensions(network: ModelProto) -> None:
