@@ -24,6 +24,8 @@ Takes = Literal["pictures", "squares", "images"]
 INPUT, OUTPUT = "images", "logits"
 Pixels = UInt8[np.ndarray, "b S S 3"]  # squares of the student's size, ready for evaluation
 Logits = Float[np.ndarray, "b K"]
+# Notes on nodes of a program: source lines, paths, addresses in memory.
+_MADE_FROM = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
 class Preprocessing(NamedTuple):
@@ -176,45 +178,63 @@ class Whole(nn.Module):
 def whole(student: Student) -> ExportedProgram:
     """The student as one program, from what the exported file takes to logits."""
     if student.inside:
-        return traced(Whole(student), student.example, student.network.model, any_size=True)
+        module = Whole(student).eval()
+        return traced(module, student.example, student.network.model, any_size=True)
     return classifier(student)
 
 
-def classifier(student: Student, precision: Precision = "fp32") -> ExportedProgram:
-    """The student as a program, from squares to logits."""
+def classifier(
+    student: Student, precision: Precision = "fp32", *, most: int | None = None
+) -> ExportedProgram:
+    """The student as a program, from squares to logits.
+
+    Args:
+        student: What answers.
+        precision: In float16 all but input and output is.
+        most: Images that it takes at once; None: any number.
+    """
     size = student.preprocessing.size
     module = Classify(student.network, normalised=not student.inside, half=precision == "fp16")
-    return traced(module.eval(), torch.zeros(2, 3, size, size), student.network.model)
+    # Executorch splits at 16 images, by which the example tells it the side: so as many as may be.
+    example = torch.zeros(most or 2, 3, size, size)
+    return traced(module.eval(), example, student.network.model, most=most)
 
 
 def resize(student: Student) -> ExportedProgram:
     """The preprocessing alone, from pictures of any size to squares in [0, 1]."""
-    module = Resize(student.preprocessing)
+    module = Resize(student.preprocessing).eval()
     return traced(module, student.example, student.network.model, any_size=True)
 
 
 def traced(
-    module: nn.Module, example: Tensor, model: str, *, any_size: bool = False
+    module: nn.Module,
+    example: Tensor,
+    model: str,
+    *,
+    any_size: bool = False,
+    most: int | None = None,
 ) -> ExportedProgram:
-    """The module as a program that takes any number of images.
+    """The module as a program that takes any number of images, or up to so many.
 
     It holds nothing of the machine that it was made on: no source lines, no paths.
 
     Args:
-        module: Takes one tensor, returns one.
-        example: A batch of two.
+        module: Takes one tensor, returns one; in eval mode.
+        example: A batch of two or more.
         model: Its name, for an error.
         any_size: Whether the second and third dimension are free as well.
+        most: Images at once; None: no bound.
 
     Raises:
         IncompatibleError: If torch.export cannot follow the module; its reason is quoted.
     """
-    free = [0, 1, 2] if any_size else [0]
-    shapes = dict.fromkeys(free, Dim.DYNAMIC)
+    shapes: dict[int, Any] = dict.fromkeys([0, 1, 2] if any_size else [0], Dim.DYNAMIC)
+    if most is not None:
+        shapes[0] = Dim("batch", min=1, max=most)
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(
-                module.eval(), (example,), dynamic_shapes=(shapes,), strict=False
+                module, (example,), dynamic_shapes=(shapes,), strict=False
             )
     except Exception as error:  # its ways to fail are many, and none of them is a bug of ours
         raise IncompatibleError(
@@ -224,7 +244,7 @@ def traced(
     for part in program.graph_module.modules():
         if isinstance(part, torch.fx.GraphModule):
             for node in part.graph.nodes:
-                for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+                for key in _MADE_FROM:
                     node.meta.pop(key, None)
     program.example_inputs = None
     return program

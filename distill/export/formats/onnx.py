@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import starmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -134,12 +134,13 @@ def _attention(
 ) -> Tensor:
     """softmax(Q Kᵀ · scale + mask) V, where the exporter cannot write it: over windows, in 5-D."""
     if query.ndim == 4 or is_causal or enable_gqa:
-        return NotImplemented  # left as it is
+        return cast("Tensor", NotImplemented)  # left as it is
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
     if mask is not None:
         blocked = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, -torch.inf) if blocked else scores + mask
-    return scores.softmax(dim=-1) @ value
+    attended: Tensor = scores.softmax(dim=-1) @ value
+    return attended
 
 
 def _name_dimensions(network: ModelProto) -> None:
