@@ -151,7 +151,7 @@ def _show(result: Result) -> None:
     following = (
         f"page: {run}/report.html\n"
         f"next: distill evaluate {run}\n"
-        f"      python -c \"import distill; student = distill.load('{run}')\""
+        f"      distill export {run}"
     )
     console.out.print(
         Panel(Group(table, "", *lines, "", following), title=run, title_align="left", expand=False)

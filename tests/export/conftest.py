@@ -44,10 +44,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pixels(size: int, count: int = 64) -> Pixels:
-    """Windows of a photograph, the same in every test."""
-    whole = (photographs(2 * size)[0] * 255).round().byte().permute(1, 2, 0).numpy()
-    corners = np.random.default_rng(0).integers(0, size, (count, 2))
-    return np.stack([whole[y : y + size, x : x + size] for y, x in corners])
+    """Windows of a photograph in other lights, the same in every test."""
+    whole = (photographs(2 * size)[0] * 255).round().permute(1, 2, 0).numpy()
+    rng = np.random.default_rng(0)
+    windows = np.stack(
+        [whole[y : y + size, x : x + size] for y, x in rng.integers(0, size, (count, 2))]
+    )
+    gain = rng.uniform(0.3, 1, (count, 1, 1, 3))
+    light = 255 * (1 - gain) * rng.uniform(0, 1, (count, 1, 1, 3))
+    return (gain * windows + light).clip(0, 255).astype(np.uint8)
 
 
 def lively(network: models.Network, shown: Pixels) -> models.Network:
@@ -57,7 +62,7 @@ def lively(network: models.Network, shown: Pixels) -> models.Network:
         network.train()(images)
         logits = network.eval()(images).logits
         head = taps.classifier(network.backbone, network.description.num_classes)
-        head.weight *= 3 / logits.std(dim=0).mean()
+        head.weight *= min(3 / float(logits.std(dim=0).mean()), 15 / float(logits.abs().max()))
     return network.requires_grad_(False)
 
 
