@@ -256,9 +256,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _refuse(path: Path, error: OSError, needed: int) -> NoReturn:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        wanted = f" for {size(needed)}" if needed else ""  # 0: it is not known
         raise PreflightError(
-            f"{path}: no room for {size(needed)}, {size(free_bytes(path))} are free; nothing was "
-            "replaced",
+            f"{path}: no room{wanted}, {size(free_bytes(path))} are free; nothing was replaced",
             hint="make room and run the same command again: it goes on where it stopped",
         ) from None
     raise PreflightError(

@@ -149,6 +149,33 @@ def test_a_folder_is_whole_or_not_there_wherever_the_writer_dies(tmp_path: Path)
             assert storage.read_folder(folder / "sub" / "step") == FILES
 
 
+def _published(folder: Path) -> None:
+    for name in ("mark", "kept", "stale"):
+        (folder / name).write_bytes(OLD)
+
+
+def _publish(folder: Path) -> None:
+    with storage.staged(folder) as aside:
+        for name in ("fresh", "kept", "mark"):
+            (aside / name).write_bytes(NEW)
+        storage.publish(aside, folder, first="mark", stale=("kept", "stale"))
+
+
+def test_published_files_are_old_or_new_wherever_the_writer_dies(tmp_path: Path) -> None:
+    states = []
+    for folder in _crashed_folders(_publish, _published, tmp_path):
+        with storage.lock(folder):  # the next owner sweeps what the dead one had made
+            files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        del files[".lock"]
+        assert set(files.values()) <= {OLD, NEW}
+        assert set(files) >= {"mark", "kept"}
+        if files["kept"] == NEW:
+            assert files["mark"] == NEW  # it comes first: what it lists can be checked
+        states.append((files["mark"], files["kept"], "fresh" in files, "stale" in files))
+    assert states[0] == (OLD, OLD, False, True)
+    assert states[-1] == (NEW, NEW, True, False)
+
+
 def _state(step: int) -> Checkpoint:
     return Checkpoint(step, {"model": {"w": torch.full((9,), float(step))}}, {"rows": step})
 
@@ -370,6 +397,20 @@ def test_a_full_disk_leaves_no_part_of_a_folder(small_disk: Path) -> None:
     with pytest.raises(PreflightError, match=r"step: no room for 1\.2 MB, "):
         storage.write_folder(small_disk / "step", files)
     assert not list(small_disk.iterdir())
+
+
+def test_a_full_disk_publishes_nothing(small_disk: Path) -> None:
+    (small_disk / "kept").write_bytes(OLD)
+
+    def overfill() -> None:
+        with storage.staged(small_disk) as aside:
+            (aside / "kept").write_bytes(bytes(2_000_000))
+            storage.publish(aside, small_disk, first="kept")
+
+    with pytest.raises(PreflightError, match="disk: no room, "):
+        overfill()
+    assert [path.name for path in small_disk.iterdir()] == ["kept"]
+    assert (small_disk / "kept").read_bytes() == OLD
 
 
 def test_a_full_disk_does_not_stop_the_lock(small_disk: Path) -> None:

@@ -262,3 +262,19 @@ def test_a_format_whose_packages_are_missing(
     assert done.exit_code == 0
     left_out = {entry["format"]: entry["reason"] for entry in json.loads(done.stdout)["left_out"]}
     assert left_out["onnx"] == "needs no_such_package; pip install 'distill-kd[onnx]'"
+
+
+def test_what_would_be_sent(run: Path, distill: Run, tmp_path: Path) -> None:
+    """A dry run needs no network; a wrong name is refused before anything is exported."""
+    arguments = ("export", run, "--out", "x", "--format", "safetensors", "--no-latency", "--json")
+    done = distill(*arguments, "--push-to-hub", "a name", "--dry-run")
+    assert done.exit_code == 2
+    assert not (tmp_path / "x").exists()
+    done = distill(*arguments, "--push-to-hub", "me/student", "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["hub"] is None
+    assert "me/student on the Hugging Face hub (private, if it is new)" in done.stderr
+    for name in ("model.safetensors", "README.md", "export.json"):
+        assert f"  {name}" in done.stderr
+    assert "3 files" in done.stderr
+    assert "nothing was sent" in done.stderr
