@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import distill
+from distill import models, recipe
 from distill.export import parity
 from distill.export.formats import FORMATS, onnx
-from distill.export.program import Precision, Resize, Student
+from distill.export.program import Precision, Resize, Student, in_unit
 from tests.export.conftest import CLASSES, pixels
+from tests.models.test_timm import publish  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 VIT = {"model": "vit", "width": 64, "depth": 2, "heads": 2}
@@ -147,6 +149,31 @@ def test_a_folder_for_timm(
     resize, crop, *_ = create_transform(**config).transforms
     assert (resize.size, crop.size) == (36, (32, 32))
     assert torch.equal(distill.load(tmp_path / "model.safetensors").mean, given.network.mean)
+
+
+def test_the_hub_gives_it_back(
+    student: Callable[..., Student],
+    tmp_path: Path,
+    publish: Callable[[str, dict[str, bytes]], None],  # noqa: F811
+) -> None:
+    """To timm, and to a recipe that takes it for a teacher."""
+    import timm
+
+    given = student("timm/mobilenetv3_small_050")
+    written(given, "timm", tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    publish("me/student", files)
+    shown = torch.from_numpy(given.normalised(pixels(32, 5)))
+    made = timm.create_model("hf-hub:me/student", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(made(shown), given.network.answered(shown))
+    spec = recipe.Teacher(model=given.network.model, weights="hf-hub:me/student")
+    facts = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # it has its own
+    teacher = models.build_teacher(spec, classes=CLASSES[::-1], image_size=32, **facts)
+    images = torch.from_numpy(in_unit(pixels(32, 5)))
+    with torch.no_grad():
+        told = teacher.eval()(images).logits
+        torch.testing.assert_close(told.flip(1), given.network(images).logits)
 
 
 def test_timm_knows_no_model_of_ours(student: Callable[..., Student]) -> None:
