@@ -30,7 +30,8 @@ SETS = {
     "cifar10": ("CIFAR-10", "cifar10"),
     "cifar100": ("CIFAR-100", "cifar100"),
 }
-WEIGHTS = ("safetensors", "timm")  # formats that are no graph
+PICTURES = ("onnx", "torch-export", "openvino")  # formats that may have the preprocessing inside
+SQUARES = ("executorch", "coreml")  # formats that have not
 TAGS = ("onnx", "openvino", "executorch", "coreml", "safetensors")  # formats that the hub knows
 HUB = "hf-hub:"
 VERSIONS = ("python", "torch", "onnxruntime")  # of an environment, that times depend on
@@ -48,7 +49,9 @@ def card(about: About) -> str:
     recipe, result, exported = about.recipe, about.result, about.exported
     files, timed, size = exported["files"], exported["latency"], about.data.image_size
     environment = exported["environment"]
-    graphs = [name(one["file"]) for one in files if one["format"] not in WEIGHTS]
+    inside = exported["preprocessing"] == "graph"
+    taking = PICTURES if inside else PICTURES + SQUARES
+    graphs = [name(one["file"]) for one in files if one["format"] in taking]
     compared = next((one["parity"] for one in files if one["parity"]), None)  # the same for all
     return _template().render(
         about._asdict(),
@@ -68,7 +71,9 @@ def card(about: About) -> str:
         size=size,
         shorter=round(size / recipe.data.eval_crop),
         square=_square(size, recipe.data.eval_crop),
-        inside=exported["preprocessing"] == "graph",
+        inside=inside,
+        squares=listed([name(one["file"]) for one in files if one["format"] in SQUARES]),
+        names=[one["file"] for one in files],
         graphs=listed(graphs),
         files={one["format"]: one["file"] for one in reversed(files)},
         artefacts=_artefacts(files),
@@ -259,9 +264,11 @@ def _limits(about: About) -> Iterator[str]:
     yield from _calibration(about, student)
     for one in about.exported["files"]:
         if one["precision"] != "fp32" and one["parity"]:
+            drop = one["parity"]["drop"]
             yield Markdown(
-                f"{name(one['file'])} costs {100 * one['parity']['drop']:.2f} points of top-1 "
-                f"(95 % interval {_interval(one['parity'], ' to ')}) against float32."
+                f"{name(one['file'])} {'gains' if drop < 0 else 'loses'} {abs(100 * drop):.2f} "
+                "points of top-1 against float32 (95 % interval of what is lost: "
+                f"{_interval(one['parity'], ' to ')})."
             )
     yield (
         "Nothing was measured of fairness between groups of people, of attacks or of misuse. Where "
