@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from distill.export.program import Precision
 
-FORMATS = "onnx, torch-export, safetensors, timm"
+FORMATS = "onnx, torch-export, safetensors, timm, openvino, executorch, coreml"
 QUANTIZE = ("fp16", "int8")
 
 

@@ -148,11 +148,7 @@ def _show(result: Result) -> None:
         f"{result.images_per_second:,.0f} images/s"
     )
     run = console.plain(result.run)
-    following = (
-        f"page: {run}/report.html\n"
-        f"next: distill evaluate {run}\n"
-        f"      distill export {run}"
-    )
+    following = f"page: {run}/report.html\nnext: distill evaluate {run}\n      distill export {run}"
     console.out.print(
         Panel(Group(table, "", *lines, "", following), title=run, title_align="left", expand=False)
     )

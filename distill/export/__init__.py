@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from distill.engine.machine import Machine
 from distill.engine.session import batches_of
 from distill.errors import DistillError, IncompatibleError, PreflightError, VerificationError
 from distill.export import companions, latency, parity
-from distill.export.formats import FORMATS, lacking
+from distill.export.formats import DEFAULT, FORMATS, lacking, torch_export
 from distill.export.program import Pixels, Precision, Preprocessing, Student
 from distill.suites.subjects import evenly
 
@@ -35,7 +34,7 @@ _BATCH = 32  # training images that int8 sees at once
 class Options(NamedTuple):
     """What is exported, and how it is checked."""
 
-    formats: tuple[str, ...] | None = None  # None: all that can be, here
+    formats: tuple[str, ...] | None = None  # None: the usual ones, as far as can be, here
     quantize: tuple[Precision, ...] = ()
     preprocessing: Literal["graph", "sidecar"] = "graph"
     max_drop: float = 0.01  # accuracy that rounding may cost, as a fraction
@@ -78,7 +77,6 @@ def export(run: Path, out: Path, options: Options, here: Machine) -> dict[str, A
         "student": student.network.model,
         "weights": _whose(one),
         "preprocessing": options.preprocessing,
-        "input": student.input("pictures"),
         "classes": list(student.classes),
     }
     with storage.lock(out), storage.staged(out) as aside:
@@ -86,7 +84,7 @@ def export(run: Path, out: Path, options: Options, here: Machine) -> dict[str, A
         about["latency"] = []
         if options.latency:
             about["latency"] = _timed(one, student, known, about["files"], aside)
-        about["environment"] = machine.environment(here) | _versions()
+        about["environment"] = machine.environment(here) | _versions(about["files"])
         about["companions"] = companions.write(aside, about, one, student)
         (aside / MARK).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         storage.publish(aside, out, first=MARK, stale=earlier)
@@ -171,11 +169,12 @@ def _pictures(one: Finished, ids: Int[np.ndarray, " n"]) -> Whole:
     return Whole([np.array(images.decode(f, max_pixels=data.max_pixels)) for f in files], rows)
 
 
-def _versions() -> dict[str, str]:
+def _versions(files: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Of the packages that wrote and ran the files."""
-    packages = {package for form in FORMATS.values() for package in form.PACKAGES}
-    present = [package for package in packages if importlib.util.find_spec(package)]
-    return {package: importlib.metadata.version(package) for package in sorted(present)}
+    packages = {package for file in files for package in FORMATS[file["format"]].PACKAGES}
+    if any((file["format"], file["precision"]) == ("torch-export", "int8") for file in files):
+        packages.add(torch_export.QUANTISER)
+    return {package: importlib.metadata.version(package) for package in sorted(packages)}
 
 
 def _whose(one: Finished) -> str:
@@ -188,7 +187,7 @@ def _written(
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """The files, each checked, and the formats that are left out."""
     files, left_out = [], []
-    for name in options.formats or FORMATS:
+    for name in options.formats or DEFAULT:
         form = FORMATS[name]
         obstacle = _obstacle(name, student)
         try:
@@ -198,7 +197,10 @@ def _written(
                     console.say(f"{path.name}: {name}, {precision}")
                     form.write(student, path, precision)
                     found = _checked(student, name, precision, path, known, whole, options)
-                    files.append(companions.entry(path) | found)
+                    about = companions.entry(path) | found
+                    if (beside := path.with_suffix(".bin")).exists():  # OpenVINO's weights
+                        about["bytes"] += beside.stat().st_size
+                    files.append(about)
         except IncompatibleError as error:
             if options.formats is not None:
                 raise
@@ -229,7 +231,12 @@ def _checked(
         show = partial(student.shown, takes=FORMATS[name].TAKES)
         found = parity.compare(answer, show, known)
         parity.require(found, precision, known, max_drop=options.max_drop)
-        about = {"format": name, "precision": precision, "parity": found.to_json()}
+        about = {
+            "format": name,
+            "precision": precision,
+            "input": student.input(FORMATS[name].TAKES),
+            "parity": found.to_json(),
+        }
         if FORMATS[name].TAKES == "pictures" and whole.pictures:
             files = parity.compare_files(answer, whole.pictures, known.logits[whole.rows])
             about["files"] = files._asdict()

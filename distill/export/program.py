@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
@@ -24,8 +26,8 @@ Takes = Literal["pictures", "squares", "images"]
 INPUT, OUTPUT = "images", "logits"
 Pixels = UInt8[np.ndarray, "b S S 3"]  # squares of the student's size, ready for evaluation
 Logits = Float[np.ndarray, "b K"]
-# Notes on nodes of a program: source lines, paths, addresses in memory.
-_MADE_FROM = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+# On nodes of a program: modules and functions, source lines, paths, addresses in memory.
+_NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
 class Preprocessing(NamedTuple):
@@ -61,8 +63,11 @@ class Student(NamedTuple):
         """What a file takes, as people and programs read it."""
         size = self.preprocessing.size
         if takes == "pictures" and self.inside:
-            return {"name": INPUT, "dtype": "uint8", "shape": ["batch", "height", "width", 3]}
-        return {"name": INPUT, "dtype": "float32", "shape": ["batch", 3, size, size]}
+            shape, dtype, values = ["batch", "height", "width", 3], "uint8", "bytes, RGB"
+        else:
+            shape, dtype = ["batch", 3, size, size], "float32"
+            values = "RGB in [0, 1]" if self.inside or takes == "images" else "RGB, normalised"
+        return {"name": INPUT, "dtype": dtype, "shape": shape, "values": values}
 
     @property
     def example(self) -> Tensor:
@@ -184,7 +189,11 @@ def whole(student: Student) -> ExportedProgram:
 
 
 def classifier(
-    student: Student, precision: Precision = "fp32", *, most: int | None = None
+    student: Student,
+    precision: Precision = "fp32",
+    *,
+    most: int | None = None,
+    notes: bool = False,
 ) -> ExportedProgram:
     """The student as a program, from squares to logits.
 
@@ -192,12 +201,14 @@ def classifier(
         student: What answers.
         precision: In float16 all but input and output is.
         most: Images that it takes at once; None: any number.
+        notes: Whether nodes say where they come from, which a quantiser goes by.
     """
     size = student.preprocessing.size
     module = Classify(student.network, normalised=not student.inside, half=precision == "fp16")
-    # Executorch splits at 16 images, by which the example tells it the side: so as many as may be.
+    # As many as may be: of an example below 16 some compilers plan memory for fewer than 16 only,
+    # for PyTorch computes larger batches in another way.
     example = torch.zeros(most or 2, 3, size, size)
-    return traced(module.eval(), example, student.network.model, most=most)
+    return traced(module.eval(), example, student.network.model, most=most, notes=notes)
 
 
 def resize(student: Student) -> ExportedProgram:
@@ -213,10 +224,11 @@ def traced(
     *,
     any_size: bool = False,
     most: int | None = None,
+    notes: bool = False,
 ) -> ExportedProgram:
     """The module as a program that takes any number of images, or up to so many.
 
-    It holds nothing of the machine that it was made on: no source lines, no paths.
+    Without notes it holds nothing of the machine that it was made on: no source lines, no paths.
 
     Args:
         module: Takes one tensor, returns one; in eval mode.
@@ -224,6 +236,7 @@ def traced(
         model: Its name, for an error.
         any_size: Whether the second and third dimension are free as well.
         most: Images at once; None: no bound.
+        notes: Whether nodes say where they come from.
 
     Raises:
         IncompatibleError: If torch.export cannot follow the module; its reason is quoted.
@@ -231,31 +244,47 @@ def traced(
     shapes: dict[int, Any] = dict.fromkeys([0, 1, 2] if any_size else [0], Dim.DYNAMIC)
     if most is not None:
         shapes[0] = Dim("batch", min=1, max=most)
-    try:
-        with torch.no_grad(), quiet():
-            program = torch.export.export(
-                module, (example,), dynamic_shapes=(shapes,), strict=False
-            )
-    except Exception as error:  # its ways to fail are many, and none of them is a bug of ours
-        raise IncompatibleError(
-            f"{model}: torch.export cannot follow it: {reason(error)}",
-            hint="the safetensors format needs no graph",
-        ) from error
-    for part in program.graph_module.modules():
+    hint = "the safetensors format needs no graph"
+    with attempt(f"{model}: torch.export cannot follow it", hint=hint), torch.no_grad():
+        program = torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
+    for part in () if notes else program.graph_module.modules():
         if isinstance(part, torch.fx.GraphModule):
             for node in part.graph.nodes:
-                for key in _MADE_FROM:
+                for key in _NOTES:
                     node.meta.pop(key, None)
     program.example_inputs = None
     return program
 
 
 @contextmanager
+def attempt(failed: str, *, hint: str) -> Iterator[None]:
+    """Try an exporter, quietly. Its ways to fail are many, and none of them is a bug of ours.
+
+    Args:
+        failed: What a failure means.
+        hint: What to do then.
+
+    Raises:
+        IncompatibleError: If it fails; its reason is quoted.
+    """
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        raise IncompatibleError(f"{failed}: {reason(error)}", hint=hint) from error
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporters' warnings: what matters of them shows when answers are compared."""
-    with warnings.catch_warnings():
+    """Without what the exporters print: what matters of it shows when answers are compared."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
 def reason(error: BaseException) -> str:

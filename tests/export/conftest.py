@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 
 import distill
 from distill import models, recipe
-from distill.export.program import Pixels, Preprocessing, Student
+from distill.export import parity
+from distill.export.formats import FORMATS
+from distill.export.program import Pixels, Precision, Preprocessing, Student
 from distill.models import taps
 from tests.data.photographs import photographs
 
 CLASSES = ("ant", "bee", "cat", "dog")
+VIT = {"model": "vit", "width": 64, "depth": 2, "heads": 2}
 TEACHER = """
 data: {name: digits, fraction: 0.2}
 student: {model: resnet8}
@@ -64,6 +68,23 @@ def lively(network: models.Network, shown: Pixels) -> models.Network:
         head = taps.classifier(network.backbone, network.description.num_classes)
         head.weight *= min(3 / float(logits.std(dim=0).mean()), 15 / float(logits.abs().max()))
     return network.requires_grad_(False)
+
+
+def known(given: Student) -> parity.Known:
+    shown = pixels(32)
+    logits = parity.known(given.network, shown, np.zeros(len(shown), np.int64)).logits
+    return parity.Known(shown, logits.argmax(axis=1), logits)
+
+
+def compared(given: Student, name: str, path: Path) -> parity.Parity:
+    show = partial(given.shown, takes=FORMATS[name].TAKES)
+    return parity.compare(partial(FORMATS[name].answers, given, path), show, known(given))
+
+
+def written(given: Student, name: str, folder: Path, precision: Precision = "fp32") -> Path:
+    path = folder / FORMATS[name].file(precision)
+    FORMATS[name].write(given, path, precision)
+    return path
 
 
 @pytest.fixture

@@ -85,7 +85,6 @@ def made(text: str = RECIPE, **changes: Any) -> About:
     exported = {
         "format": 1, "run": "/home/adele/runs/pets", "student": "resnet8", "weights": "last epoch",
         "preprocessing": "graph", "opset": 20, "classes": list(CLASSES),
-        "input": {"name": "images", "dtype": "uint8", "shape": ["batch", "height", "width", 3]},
         "files": [
             file("onnx"), file("onnx", "model.int8.onnx", "int8", ROUNDED), file("torch-export"),
             file("safetensors"),

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +14,10 @@ from distill import models, recipe
 from distill.export import parity
 from distill.export.formats import FORMATS, onnx
 from distill.export.program import Precision, Resize, Student, in_unit
-from tests.export.conftest import CLASSES, pixels
+from tests.export.conftest import CLASSES, VIT, compared, known, pixels, written
 from tests.models.test_timm import publish  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
-VIT = {"model": "vit", "width": 64, "depth": 2, "heads": 2}
-
-
-def known(given: Student) -> parity.Known:
-    shown = pixels(32)
-    logits = parity.known(given.network, shown, np.zeros(len(shown), np.int64)).logits
-    return parity.Known(shown, logits.argmax(axis=1), logits)
-
-
-def compared(given: Student, name: str, path: Path) -> parity.Parity:
-    show = partial(given.shown, takes=FORMATS[name].TAKES)
-    return parity.compare(partial(FORMATS[name].answers, given, path), show, known(given))
-
-
-def written(given: Student, name: str, folder: Path, precision: Precision = "fp32") -> Path:
-    path = folder / FORMATS[name].file(precision)
-    FORMATS[name].write(given, path, precision)
-    return path
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -195,6 +176,6 @@ def test_a_program_runs_where_the_toolkit_is_not(
     given = student()
     path = written(given, "torch-export", tmp_path)
     (found,) = FORMATS["torch-export"].answers(
-        given, path, [given.shown(pixels(32, 5), "pictures")]
+        given, path, [given.shown(pixels(32)[:5], "pictures")]
     )
     np.testing.assert_allclose(found, known(given).logits[:5], atol=1e-4)

@@ -9,7 +9,15 @@ from typing import Protocol
 
 import numpy as np
 
-from distill.export.formats import onnx, safetensors, timm, torch_export
+from distill.export.formats import (
+    coreml,
+    executorch,
+    onnx,
+    openvino,
+    safetensors,
+    timm,
+    torch_export,
+)
 from distill.export.program import Logits, Precision, Student, Takes
 
 
@@ -17,11 +25,11 @@ class Format(Protocol):
     """What the module of a format has."""
 
     PACKAGES: tuple[str, ...]  # that it needs beyond those that the toolkit needs
-    PRECISIONS: tuple[Precision, ...]  # that it can be written in
+    PRECISIONS: tuple[Precision, ...]  # that it can be written in, here
     TAKES: Takes  # what is put in
 
     def file(self, precision: Precision) -> str:
-        """The name of what it writes."""
+        """The name of what it writes: one file, whatever lies beside it."""
         ...
 
     def refusal(self, student: Student) -> str:
@@ -42,7 +50,11 @@ FORMATS: dict[str, Format] = {
     "torch-export": torch_export,
     "safetensors": safetensors,
     "timm": timm,
+    "openvino": openvino,
+    "executorch": executorch,
+    "coreml": coreml,
 }
+DEFAULT = ("onnx", "torch-export", "safetensors", "timm")  # where none is asked for
 
 
 def lacking(name: str) -> list[str]:

@@ -212,5 +212,8 @@ def _quantised(
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=None if whole else ["Conv", "Gemm", "MatMul"],
+            # What a product gives is summed in 32 bits. Left at that, the logits are not cut off at
+            # the largest of calibration, and attention has its outliers; it is also quicker.
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
         return onnx.load(out)
