@@ -195,11 +195,12 @@ def _written(
                 if precision == "fp32" or precision in options.quantize:
                     path = aside / form.file(precision)
                     console.say(f"{path.name}: {name}, {precision}")
+                    before = set(aside.iterdir())
                     form.write(student, path, precision)
                     found = _checked(student, name, precision, path, known, whole, options)
                     about = companions.entry(path) | found
-                    if (beside := path.with_suffix(".bin")).exists():  # OpenVINO's weights
-                        about["bytes"] += beside.stat().st_size
+                    weights = set(aside.iterdir()) - before - {path}  # where they lie beside it
+                    about["bytes"] += sum(file.stat().st_size for file in weights)
                     files.append(about)
         except IncompatibleError as error:
             if options.formats is not None:
