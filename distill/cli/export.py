@@ -115,7 +115,10 @@ def export(
             latency,
             data_root,
         )
-        found = write(run, place, options, machine.setup(workers=workers))
+        here = machine.setup(workers=workers)
+        if not here.main:  # started several times; one exports
+            return
+        found = write(run, place, options, here)
         if push_to_hub is not None:
             planned = hub.plan(place, push_to_hub, _all(found), private=not public)
             for line in hub.lines(planned):

@@ -35,6 +35,8 @@ class Finished(NamedTuple):
 
     def teachers(self) -> list[Network]:
         """The networks that taught it; none, with a warning, if they are not what they were."""
+        if not self.recipe.teachers:
+            return []
         try:
             networks = [models.build_teacher(spec, **facts(self.dataset)) for spec in self.specs]
         except DistillError as error:

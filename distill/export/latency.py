@@ -20,6 +20,7 @@ from distill.models.network import Network
 BATCHES = (1, 32)
 ROUNDS = 3  # in which all take turns, so that a busy moment does not hit one of them alone
 SECONDS = 0.2  # of a turn
+SLOW = 500.0  # milliseconds a batch, from which on one turn is enough
 
 
 class Row(NamedTuple):
@@ -81,6 +82,8 @@ def table(
     for _ in range(ROUNDS):
         for name, (module, _) in subjects.items():
             for batch in shown if name not in failed else ():
+                if times.get((name, len(batch)), [0.0])[0] > SLOW:
+                    continue
                 try:
                     timing = time_network(module, batch, seconds=SECONDS)
                 except Exception as error:  # a compiler that is not there, or that gives up
