@@ -10,6 +10,7 @@ from distill.report.drawing import Point
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 EQUAL = 1e-9  # of their size; values that differ less are shown as one
+SMALLEST = 1e-290  # below it numbers lose digits, and a sixth of them may be 0
 
 
 class Axis(NamedTuple):
@@ -101,8 +102,8 @@ def roomy(
 def span(values: Sequence[float]) -> tuple[float, float]:
     """Ends of the values, apart even where all are equal."""
     low, high = min(values), max(values)
-    if high - low <= EQUAL * max(abs(low), abs(high)):
-        half = abs(low) / 10 or 1.0
+    if high - low <= max(EQUAL * max(abs(low), abs(high)), SMALLEST):
+        half = abs(low) / 10 if abs(low) > SMALLEST else 1.0
         return low - half, high + half
     return low, high
 
@@ -145,7 +146,7 @@ def number(value: float, *, step: float | None = None, percent: bool = False) ->
     if percent:
         return number(100 * value, step=None if step is None else 100 * step) + " %"
     unit, suffix = next((u for u in UNITS if abs(value) >= u[0] * (1 - EQUAL)), (1.0, ""))
-    decimals = 0 if step is None else -math.floor(math.log10(step / unit) + EQUAL)
+    decimals = 0 if step is None else -math.floor(math.log10(max(step, SMALLEST) / unit) + EQUAL)
     if step is None or abs(value) >= 1e15 or decimals > 6:
         text = f"{value / unit:.4g}"
     else:

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distill.report import plot
@@ -130,6 +130,8 @@ finite = st.floats(-1e100, 1e100, allow_nan=False)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(finite, finite, finite), min_size=1, max_size=6), st.booleans())
+@example([(0.0, 0.0, 5e-324)], False)
+@example([(0.0, 5e-324, 0.0)], True)
 def test_any_finite_values_are_within_the_sheet(
     rows: list[tuple[float, float, float]], percent: bool
 ) -> None:
