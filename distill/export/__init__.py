@@ -22,12 +22,16 @@ from distill.engine.machine import Machine
 from distill.engine.session import batches_of
 from distill.errors import DistillError, IncompatibleError, PreflightError, VerificationError
 from distill.export import companions, latency, parity
-from distill.export.formats import DEFAULT, FORMATS, lacking, torch_export
+from distill.export.formats import DEFAULT, FORMATS, lacking, onnx, torch_export
 from distill.export.program import Pixels, Precision, Preprocessing, Student
 from distill.suites.subjects import evenly
 
 FORMAT = 1  # of export.json
 MARK = "export.json"
+_HINTS = {
+    "fp16": "without fp16 in --quantize the other files are written",
+    "int8": "more --calibration images, or a larger --max-drop, lets it pass",
+}
 _BATCH = 32  # training images that int8 sees at once
 
 
@@ -232,20 +236,21 @@ def _checked(
         show = partial(student.shown, takes=FORMATS[name].TAKES)
         found = parity.compare(answer, show, known)
         parity.require(found, precision, known, max_drop=options.max_drop)
-        about = {
+        about: dict[str, Any] = {
             "format": name,
             "precision": precision,
             "input": student.input(FORMATS[name].TAKES),
             "parity": found.to_json(),
         }
+        if name == "onnx":
+            about["opset"] = onnx.OPSET
         if FORMATS[name].TAKES == "pictures" and whole.pictures:
             files = parity.compare_files(answer, whole.pictures, known.logits[whole.rows])
             about["files"] = files._asdict()
         return about
     except VerificationError as error:
-        more = "more --calibration images, or a larger --max-drop, lets it pass"
         raise VerificationError(
-            f"{path.name}: {error}; nothing was written", hint=more if precision == "int8" else ""
+            f"{path.name}: {error}; nothing was written", hint=_HINTS.get(precision, "")
         ) from error
 
 

@@ -17,16 +17,10 @@ from distill.export.formats import FORMATS
 from distill.export.program import Pixels, Precision, Preprocessing, Student
 from distill.models import taps
 from tests.data.photographs import photographs
+from tests.suites.conftest import TEACHER
 
 CLASSES = ("ant", "bee", "cat", "dog")
 VIT = {"model": "vit", "width": 64, "depth": 2, "heads": 2}
-TEACHER = """
-data: {name: digits, fraction: 0.2}
-student: {model: resnet8}
-objective: [{term: ce}]
-optimizer: {name: sgd, lr: 0.1}
-train: {epochs: 2, batch_size: 16}
-"""
 STUDENT = """
 data: {name: digits, fraction: 0.2}
 teachers: [{recipe: teacher.yaml, name: teacher}]

@@ -61,6 +61,8 @@ def test_what_is_written(exported: Path, run: Path) -> None:
         "model.onnx", "model.fp16.onnx", "model.int8.onnx", "model.pt2", "model.safetensors",
     ]  # fmt: skip
     assert about["left_out"] == [{"format": "timm", "reason": "timm has no model resnet8"}]
+    assert files["model.onnx"]["opset"] == 20
+    assert files["model.onnx"]["input"]["dtype"] == "uint8"
     assert about["weights"] == "exponential moving average, decay 0.9"
     for entry in (*about["files"], *about["companions"]):
         data = (exported / entry["file"]).read_bytes()

@@ -58,11 +58,27 @@ def test_the_largest_difference_counts(known: Known) -> None:
     logits[77, 2] += 0.25
     found = parity.compare(saying(logits), same, known)
     assert found.max_abs == pytest.approx(0.25, abs=1e-6)
-    with pytest.raises(VerificationError, match=r"up to 2\.5e-01; allowed are 1e-04"):
+    with pytest.raises(VerificationError, match=r"up to 2\.5e-01; allowed are 1\.\de-04"):
         parity.require(found, "fp32", known, max_drop=1)
-    with pytest.raises(VerificationError, match="of the largest; allowed are 5e-03"):
+    with pytest.raises(VerificationError, match=r"allowed are \d\.\de-02, the largest"):
         parity.require(found, "fp16", known, max_drop=1)
     parity.require(found, "int8", known, max_drop=0)
+
+
+def test_large_logits_are_compared_by_their_size(known: Known) -> None:
+    """Float32 has seven digits, whatever they stand for."""
+    student = known._replace(logits=10 * known.logits)
+    largest = float(abs(student.logits).max())
+    assert largest > 60
+    for part, fine in ((0.9e-5, True), (1.1e-5, False)):
+        logits = student.logits.copy()
+        logits[7] += np.float32(part * largest)
+        found = parity.compare(saying(logits), same, student)
+        if fine:
+            parity.require(found, "fp32", student, max_drop=0)
+        else:
+            with pytest.raises(VerificationError, match="logits differ"):
+                parity.require(found, "fp32", student, max_drop=0)
 
 
 def test_one_other_class_is_too_many(known: Known) -> None:
