@@ -121,6 +121,7 @@ def test_a_folder_for_timm(
     found = compared(given, "timm", path)
     parity.require(found, "fp32", known(given), max_drop=0)
     assert str(tmp_path) not in path.read_text()
+    assert not {"license", "tag"} & set(json.loads(path.read_text())["pretrained_cfg"])
     import timm
 
     made = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)

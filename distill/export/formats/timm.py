@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ PACKAGES: tuple[str, ...] = ()
 PRECISIONS: tuple[Precision, ...] = ("fp32",)
 TAKES: Takes = "images"
 _PREFIX = "timm/"
+# What timm knows of the weights that it publishes for this architecture, and not of these.
+_OF_OTHERS = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes")
 
 
 def file(precision: Precision) -> str:
@@ -36,8 +39,8 @@ def write(student: Student, path: Path, precision: Precision) -> None:
     network, steps = student.network, student.preprocessing
     description = network.description
     size, arguments = description.image_size, dict(description.arguments)
-    config = timm.get_pretrained_cfg(description.model.removeprefix(_PREFIX))
-    if config is not None and config.fixed_input_size:
+    published = timm.get_pretrained_cfg(description.model.removeprefix(_PREFIX))
+    if published is not None and published.fixed_input_size:
         arguments["img_size"] = size
     timm.models.save_for_hf(
         network.backbone,
@@ -57,6 +60,10 @@ def write(student: Student, path: Path, precision: Precision) -> None:
         model_args=arguments,
         safe_serialization=True,
     )
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in _OF_OTHERS:
+        config["pretrained_cfg"].pop(key, None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # The same tensors again, with the description that `distill.load` reads.
     weights = safetensors.file(precision)
     safetensors.write(student, path.with_name(weights), precision)
