@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 
 from distill import evaluate
 from distill.errors import VerificationError
-from distill.export.program import Logits, Pixels, Precision
+from distill.export.program import Logits, Pixels, Precision, reason
 from distill.models.network import Network
 
 BATCHES = (1, 2, 7)  # sizes in which the first images are shown
@@ -65,11 +65,14 @@ def compare(answer: Answer, show: Callable[[Pixels], np.ndarray], student: Known
         answer: The exported file's runtime.
         show: Brings pixels into what it takes.
         student: What it ought to say.
+
+    Raises:
+        VerificationError: If its runtime fails, or answers in another shape or with no numbers.
     """
     first = student.pixels[:FIRST]
     cuts = [(first, size) for size in BATCHES] + [(student.pixels, _BATCH)]
     asked = [_cut(pixels, size) for pixels, size in cuts]
-    told = iter(answer([show(batch) for batches in asked for batch in batches]))
+    told = iter(_ran(answer, [show(batch) for batches in asked for batch in batches]))
     found = [np.concatenate([next(told) for _ in batches]) for batches in asked]
     for logits in found:
         if logits.shape[1:] != student.logits.shape[1:] or not np.isfinite(logits).all():
@@ -114,7 +117,7 @@ def compare_files(
         VerificationError: If more than one in twenty is named otherwise. A pixel that is rounded to
             the next level may turn a tie, a wrong way of resizing turns many.
     """
-    told = np.concatenate(answer([picture[None] for picture in pictures]))
+    told = np.concatenate(_ran(answer, [picture[None] for picture in pictures]))
     agreement = float((told.argmax(axis=1) == logits.argmax(axis=1)).mean())
     if agreement < _FILES_AGREE:
         raise VerificationError(
@@ -159,6 +162,15 @@ def require(parity: Parity, precision: Precision, student: Known, *, max_drop: f
             f"student on {parity.student_accuracy:.2%}: {100 * parity.drop:.2f} points less "
             f"({100 * low:.2f} to {100 * high:.2f}), and --max-drop is {100 * max_drop:g}"
         )
+
+
+def _ran(answer: Answer, batches: list[np.ndarray]) -> list[Logits]:
+    try:
+        return answer(batches)
+    except VerificationError:
+        raise
+    except Exception as error:  # a runtime that cannot run what its exporter wrote
+        raise VerificationError(f"its runtime cannot run it: {reason(error)}") from error
 
 
 def _cut(pixels: Pixels, size: int) -> list[Pixels]:

@@ -117,6 +117,14 @@ def test_answers_that_are_none(known: Known, fault: str) -> None:
         parity.compare(saying(logits), same, known)
 
 
+def test_a_runtime_that_fails(known: Known) -> None:
+    def answer(batches: Sequence[Pixels]) -> list[Logits]:
+        raise RuntimeError("no kernel\nfor this")
+
+    with pytest.raises(VerificationError, match="^its runtime cannot run it: no kernel for this$"):
+        parity.compare(answer, same, known)
+
+
 def test_whole_files(known: Known) -> None:
     pictures, logits = list(known.pixels[:40]), known.logits[:40]
     assert parity.compare_files(saying(known.logits), pictures, logits).agreement == 1
