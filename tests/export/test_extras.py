@@ -28,6 +28,9 @@ MODELS = [{}, VIT]
 def test_the_names_of_all_formats() -> None:
     assert NAMES.split(", ") == list(FORMATS)
     assert list(FORMATS)[: len(DEFAULT)] == list(DEFAULT)
+    for document in ("README.md", "docs/export.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert [name for name in FORMATS if f"`{name}`" not in text] == [], document
 
 
 def test_every_file_has_a_name_of_its_own() -> None:

@@ -121,7 +121,7 @@ def test_a_runtime_that_fails(known: Known) -> None:
     def answer(batches: Sequence[Pixels]) -> list[Logits]:
         raise RuntimeError("no kernel\nfor this")
 
-    with pytest.raises(VerificationError, match="^its runtime cannot run it: no kernel for this$"):
+    with pytest.raises(VerificationError, match=r"^its runtime cannot run it: no kernel for this$"):
         parity.compare(answer, same, known)
 
 
