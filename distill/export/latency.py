@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.diagnostics.timing import time_network
 from distill.export.formats import onnx
-from distill.export.program import INPUT, Pixels, Student, in_unit, reason
+from distill.export.program import INPUT, Pixels, Student, in_unit, quiet, reason
 from distill.models import cost
 from distill.models.network import Network
 
@@ -85,7 +85,8 @@ def table(
                 if times.get((name, len(batch)), [0.0])[0] > SLOW:
                     continue
                 try:
-                    timing = time_network(module, batch, seconds=SECONDS)
+                    with quiet():  # a compiler's remarks on the machine
+                        timing = time_network(module, batch, seconds=SECONDS)
                 except Exception as error:  # a compiler that is not there, or that gives up
                     failed[name] = reason(error)
                     break

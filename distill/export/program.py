@@ -271,7 +271,9 @@ def attempt(failed: str, *, hint: str) -> Iterator[None]:
         with quiet():
             yield
     except Exception as error:
-        raise IncompatibleError(f"{failed}: {reason(error)}", hint=hint) from error
+        raise IncompatibleError(
+            f"{failed}: {reason(error.__cause__ or error)}", hint=hint
+        ) from error
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from distill.errors import IncompatibleError
 from distill.export import program
 from distill.export.program import INPUT, OUTPUT, Logits, Precision, Student, Takes
 
@@ -90,22 +89,20 @@ def opened(path: Path, *, threads: int = 0) -> Any:
 
 def _translated(exported: ExportedProgram, model: str, output: str) -> ModelProto:
     """The program in ONNX's operators, without notes on where they came from."""
-    try:
-        with program.quiet():
-            found = torch.onnx.export(
-                exported.run_decompositions({_SDPA: _attention}),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[output],
-                optimize=True,
-                verbose=False,
-            )
-    except Exception as error:
-        raise IncompatibleError(
-            f"{model}: the ONNX exporter knows no way: {program.reason(error.__cause__ or error)}",
-            hint="--format torch-export,safetensors",
-        ) from error
+    failed, hint = f"{model}: the ONNX exporter knows no way", "--format torch-export,safetensors"
+    with program.attempt(failed, hint=hint):
+        calls = [node for node in exported.graph.nodes if node.target is _SDPA]
+        if any(call.args[0].meta["val"].ndim != 4 for call in calls):
+            exported = exported.run_decompositions({_SDPA: _attention})
+        found = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[output],
+            optimize=True,
+            verbose=False,
+        )
     assert found is not None
     network: ModelProto = found.model_proto
     for part in (network, network.graph):
