@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -280,11 +279,7 @@ def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path, k
             shutil.copytree(folder / "teacher", place / "teacher")
         return processes.sweep(folder / "student.yaml", place, (1, 3, 8))
 
-    began = time.monotonic()
-    process = start(tmp_path / "whole")
-    process.join()
-    assert process.exitcode == 0
-    seconds = time.monotonic() - began
+    seconds = processes.timed(start, tmp_path / "whole")
     expected = trial_files(tmp_path / "whole" / "sweep")
     for place in processes.killed(start, tmp_path, kills, seconds=seconds):
         for name in ("sweep.json", "sweep.csv", "sweep.html", "sweep.svg", "best.yaml"):

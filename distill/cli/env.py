@@ -23,7 +23,7 @@ PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "safetensors", "huggingface_hub", "numpy",
     "pillow", "pydantic",
 )  # fmt: skip
-EXTRAS = {  # optional, by the name of the extra
+EXTRAS = {  # optional, by the name of the extra; others are told of by what asks for them
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "s3": ("s3fs",),
     "gs": ("gcsfs",),

@@ -5,14 +5,23 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import random
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 context: ForkServerContext = multiprocessing.get_context("forkserver")
+# With torch._dynamo, which the first optimizer imports: else each process began with seconds of
+# imports, and that is where most kills hit it.
 context.set_forkserver_preload(
-    ["distill.sweep", "distill.report.sweep", "distill.models.zoo.vit", "distill.models.zoo.resnet"]
+    [
+        "torch._dynamo",
+        "distill.sweep",
+        "distill.report.sweep",
+        "distill.models.zoo.vit",
+        "distill.models.zoo.resnet",
+    ]
 )
 
 
@@ -111,10 +120,12 @@ def _rank(folder: Path, out: Path) -> None:
     import torch
 
     from distill import rank
+    from distill.engine import jobs
     from distill.recipe import Recipe
     from distill.report.rank import write
 
     torch.set_num_threads(1)
+    jobs.TIMED_SECONDS = 0.1
     os.chdir(folder)
     loaded = Recipe.load("student.yaml")
     found = rank.rank(loaded, out, epochs=2, workers=0, checkpoint_seconds=0)
@@ -122,15 +133,27 @@ def _rank(folder: Path, out: Path) -> None:
     write(found.to_json(), out)
 
 
+def timed(start: Callable[[Path], ForkServerProcess], place: Path) -> float:
+    """Let a process come to its end in a place; return the seconds that it took."""
+    first = context.Process(target=int)  # what all others are forked from is there with it
+    first.start()
+    first.join()
+    began = time.monotonic()
+    process = start(place)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - began
+
+
 def killed(
     start: Callable[[Path], ForkServerProcess], folder: Path, kills: int, *, seconds: float
 ) -> Iterator[Path]:
-    """Places in which a process was killed at random points until it came to its end.
+    """Places in which a process came to its end after it had been killed at random points.
 
     Args:
         start: Begins it in a place, or goes on there.
         folder: Of the places.
-        kills: How many there are at least, over all places.
+        kills: How many there are, over all places.
         seconds: That it takes when nobody kills it.
     """
     draw = random.Random(kills)
@@ -141,7 +164,7 @@ def killed(
         place = folder / f"cut-{number}"
         while True:
             process = start(place)
-            process.join(timeout=draw.uniform(0.1, 0.9) * seconds)
+            process.join(timeout=draw.uniform(0.1, 0.9) * seconds if done < kills else None)
             if process.exitcode is not None:
                 break
             process.kill()

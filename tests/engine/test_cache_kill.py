@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ import pytest
 from distill import yamlio
 from distill.cache import verify, write
 from distill.cache.store import Folder
+from distill.engine.step import Step, train_step
 from distill.engine.train import train
+from distill.errors import Stopped
 from distill.recipe import Recipe
 from tests.engine import processes
 
@@ -97,27 +102,51 @@ def test_a_run_that_fills_its_cache_may_be_killed(recipe: Path, tmp_path: Path) 
     text["cache"] = {"views": 4, "fill": True}
     text["train"] = {"epochs": 6, "batch_size": 16}
     recipe.write_text(yamlio.dump(text))
-    processes.start(recipe, tmp_path / "whole", checkpoint_seconds=0).join()
-    dice = random.Random(1)
-    kills = 0
-    while not (tmp_path / "broken" / "result.json").exists():
-        running = processes.start(recipe, tmp_path / "broken", checkpoint_seconds=0)
-        running.join(dice.uniform(0.3, 1.0) if kills < 6 else None)
-        if running.is_alive():
-            running.kill()
-            kills += 1
-            running.join()
-    assert kills == 6
-    store = Folder(tmp_path / "broken" / "cache")
+
+    def start(out: Path) -> ForkServerProcess:
+        return processes.start(recipe, out, checkpoint_seconds=0)
+
+    seconds = processes.timed(start, tmp_path / "whole")
+    for place in processes.killed(start, tmp_path, 6, seconds=seconds):
+        store = Folder(place / "cache")
+        manifest = write.read_manifest(store)
+        assert manifest is not None
+        assert verify.full(store, manifest) == []
+        assert write.read_index(store, manifest) is not None
+        whole, broken = (files(out / "cache") for out in (tmp_path / "whole", place))
+        assert set(whole) == set(broken)
+        # Rows that were asked for in another batch may differ in the last bit of a float.
+        for name in whole:
+            if name.startswith("views/"):
+                one, other = (np.frombuffer(each[name], np.uint8) for each in (whole, broken))
+                assert one.shape == other.shape
+                assert (one != other).mean() < 0.02
+
+
+def test_a_run_that_is_stopped_again_and_again_completes_its_cache(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No start sees all views, and the last one none that is new."""
+    text = yamlio.load(recipe.read_text())[0]
+    text["cache"] = {"views": 3, "fill": True}
+    text["train"] = {"epochs": 4, "batch_size": 16}
+    recipe.write_text(yamlio.dump(text))
+    steps = 0
+
+    def stopping(*parts: Any, **keys: Any) -> Step:
+        nonlocal steps
+        steps += 1
+        if steps in (15, 37):  # of 11 an epoch: in the second one, and in the last
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(*parts, **keys)
+
+    monkeypatch.setattr("distill.engine.fit.train_step", stopping)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            train(Recipe.load(recipe), tmp_path / "run", workers=0)
+    train(Recipe.load(recipe), tmp_path / "run", workers=0)
+    assert steps == 44
+    store = Folder(tmp_path / "run" / "cache")
     manifest = write.read_manifest(store)
     assert manifest is not None
-    assert verify.full(store, manifest) == []
     assert write.read_index(store, manifest) is not None
-    whole, broken = (files(tmp_path / run / "cache") for run in ("whole", "broken"))
-    assert set(whole) == set(broken)
-    # Rows that were asked for in another batch may differ in the last bit of a float.
-    for name in whole:
-        if name.startswith("views/"):
-            one, other = (np.frombuffer(each[name], np.uint8) for each in (whole, broken))
-            assert one.shape == other.shape
-            assert (one != other).mean() < 0.02

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -18,58 +18,45 @@ from tests.engine import processes
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], float]:
-    """The recipe, what its uninterrupted run leaves behind, and how long it takes."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """The recipe, and what its uninterrupted run leaves behind."""
     from tests.engine.conftest import STUDENT, TEACHER
 
     folder = tmp_path_factory.mktemp("reference")
     (folder / "teacher.yaml").write_text(TEACHER)
     recipe = folder / "student.yaml"
     recipe.write_text(STUDENT)
-    processes.start(recipe, folder / "warm").join()
-    shutil.rmtree(folder / "warm")
-    began = time.monotonic()
     process = processes.start(recipe, folder / "run")
     process.join()
     assert process.exitcode == 0
-    return recipe, processes.traces(folder / "run"), time.monotonic() - began
+    return recipe, processes.traces(folder / "run")
 
 
 @pytest.mark.parametrize(
     "kills", [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 )
 def test_kill_9_at_random_points_leaves_no_trace(
-    reference: tuple[Path, dict[str, bytes], float], tmp_path: Path, kills: int
+    reference: tuple[Path, dict[str, bytes]], tmp_path: Path, kills: int
 ) -> None:
-    recipe, expected, seconds = reference
+    def start(out: Path) -> ForkServerProcess:
+        return processes.start(recipe, out, checkpoint_seconds=0)
+
+    recipe, expected = reference
     # The teacher is there already, so that the kills fall into the student's run.
     shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
-    random.seed(kills)
-    done = runs = 0
-    while done < kills or not runs:
-        out = tmp_path / f"run-{runs}"
-        while True:
-            process = processes.start(recipe, out, checkpoint_seconds=0)
-            process.join(timeout=random.uniform(0.3, 1.7) * seconds)
-            if process.exitcode is not None:
-                break
-            process.kill()
-            process.join()
-            done += 1
-        assert process.exitcode == 0
+    seconds = processes.timed(start, tmp_path / "whole")
+    for out in processes.killed(start, tmp_path, kills, seconds=seconds):
         assert processes.traces(out) == expected
         assert not list(out.rglob("*.tmp"))
-        runs += 1
-    assert done >= kills
 
 
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
 def test_a_signal_saves_the_step_and_the_run_goes_on(
-    reference: tuple[Path, dict[str, bytes], float], tmp_path: Path, signum: int, status: int
+    reference: tuple[Path, dict[str, bytes]], tmp_path: Path, signum: int, status: int
 ) -> None:
-    recipe, expected, _ = reference
+    recipe, expected = reference
     shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
     out = tmp_path / "run"
     process = processes.start(recipe, out)
@@ -124,9 +111,9 @@ def test_another_teacher_is_refused(recipes: Callable[..., Path], tmp_path: Path
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
-    reference: tuple[Path, dict[str, bytes], float], tmp_path: Path
+    reference: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    recipe, expected, _ = reference
+    recipe, expected = reference
     shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
     out = tmp_path / "run"
     processes.start(recipe, out, checkpoint_seconds=0).join()
@@ -159,9 +146,9 @@ def test_without_a_whole_checkpoint_the_run_refuses_and_keeps_everything(
 
 
 def test_two_runs_cannot_share_a_directory(
-    reference: tuple[Path, dict[str, bytes], float], tmp_path: Path
+    reference: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    recipe, _, _ = reference
+    recipe, _ = reference
     shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
     crowd = [processes.start(recipe, tmp_path / "run") for _ in range(4)]
     for process in crowd:
