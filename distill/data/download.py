@@ -12,7 +12,7 @@ import urllib.request
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distill.errors import DamagedError, PreflightError
 
@@ -84,7 +84,9 @@ def _unpack(archive: Path) -> list[Path]:
                     raise DamagedError(f"{archive.name}: unsafe to unpack: {member.name!r}")
                 if not (member.isreg() or member.isdir()):
                     raise DamagedError(f"{archive.name}: {member.name!r} is a link or a device")
-            tar.extractall(folder, filter="data")
+            # What the filter guards against was refused above; Python before 3.11.4 has none.
+            filtered: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            tar.extractall(folder, **filtered)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DamagedError(
             f"{archive.name}: not an archive that can be unpacked: {error}"

@@ -89,7 +89,7 @@ class Filler:
                 member.write(view, self._here)
             self._here.accelerator.wait_for_everyone()
             self._whole.add(view)
-        if len(self._whole) == self._num_views and not self._finished:
+        if not self._finished and all(map(self._is_whole, range(self._num_views))):
             self._finished = True
             if self._here.main:
                 self._finish_all()
