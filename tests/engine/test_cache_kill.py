@@ -72,18 +72,22 @@ def test_killed_parallel_and_double_writers_change_nothing(
     while done < kills:
         time.sleep(dice.uniform(0.02, 0.4))
         number = dice.randrange(len(PARTS))
-        if running[number].is_alive():
-            running[number].kill()
-            done += 1
-        else:  # it was through: undo some of its work, so that there is something to kill
+        through = not running[number].is_alive()
+        done += not through
+        # Where work is undone all stop: one may be about to write an index that names it.
+        stopped = range(len(PARTS)) if through else [number]
+        for i in stopped:
+            running[i].kill()
+            running[i].join()
+        if through:  # so that there is something to kill
             for unit in dice.sample(sorted(broken.rglob("u*.safetensors")), 5):
                 unit.unlink(missing_ok=True)
             (broken / "index.json").unlink(missing_ok=True)
-        running[number].join()
         store = Folder(broken)
         if (manifest := write.read_manifest(store)) is not None:
             assert verify.full(store, manifest) == []
-        running[number] = processes.build(recipe, broken, PARTS[number])
+        for i in stopped:
+            running[i] = processes.build(recipe, broken, PARTS[i])
     for process in running:
         process.join()
         assert process.exitcode == 0
