@@ -81,6 +81,7 @@ def efficiency(
     workers: int | None = None,
     device_batch_size: int | None = None,
     compile: bool = False,
+    cuda_graph: bool = True,
     checkpoint_seconds: float = 300.0,
 ) -> Efficiency | Part:
     """Train every recipe's student on nested, class-balanced parts of the images, for equal steps.
@@ -104,6 +105,7 @@ def efficiency(
         workers: Processes that decode images.
         device_batch_size: Most images at once on a device.
         compile: Compile students and teachers.
+        cuda_graph: On a GPU that waits for its host, launch a step as one CUDA graph.
         checkpoint_seconds: Time between two checkpoints of each student.
 
     Returns:
@@ -122,6 +124,7 @@ def efficiency(
         workers=workers,
         device_batch_size=device_batch_size,
         compile=compile,
+        cuda_graph=cuda_graph,
         checkpoint_seconds=checkpoint_seconds,
     )
     for note in planned.notes:

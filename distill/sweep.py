@@ -71,6 +71,7 @@ def sweep(
     workers: int | None = None,
     device_batch_size: int | None = None,
     compile: bool = False,
+    cuda_graph: bool = True,
     checkpoint_seconds: float = 300.0,
 ) -> Sweep | Part:
     """Train one student for every combination of values, and choose by the validation split.
@@ -91,6 +92,7 @@ def sweep(
         workers: Processes that decode images.
         device_batch_size: Most images at once on a device.
         compile: Compile students and teachers.
+        cuda_graph: On a GPU that waits for its host, launch a step as one CUDA graph.
         checkpoint_seconds: Time between two checkpoints of each student.
 
     Returns:
@@ -112,6 +114,7 @@ def sweep(
         "workers": workers,
         "device_batch_size": device_batch_size,
         "compile": compile,
+        "cuda_graph": cuda_graph,
         "checkpoint_seconds": checkpoint_seconds,
     }
     here = machine.setup(**options)  # type: ignore[arg-type]

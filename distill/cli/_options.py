@@ -21,6 +21,13 @@ DeviceBatchSize = Annotated[
 Compile = Annotated[
     bool, Option("--compile", help="Compile student and teacher with torch.compile.")
 ]
+CudaGraph = Annotated[
+    bool,
+    Option(
+        "--cuda-graph/--no-cuda-graph",
+        help="Launch a step as one CUDA graph where a GPU would wait for its kernels.",
+    ),
+]
 CheckpointSeconds = Annotated[float, Option(min=0, help="Seconds between two checkpoints.")]
 DataRoot = Annotated[
     Path | None,

@@ -14,6 +14,7 @@ from distill.cli._options import (
     AsJson,
     CheckpointSeconds,
     Compile,
+    CudaGraph,
     DeviceBatchSize,
     Live,
     Overrides,
@@ -79,6 +80,7 @@ def sample_efficiency(
     workers: Workers = None,
     device_batch_size: DeviceBatchSize = None,
     compile: Compile = False,
+    cuda_graph: CudaGraph = True,
     checkpoint_seconds: CheckpointSeconds = 300.0,
     as_json: AsJson = False,
 ) -> None:
@@ -114,6 +116,7 @@ def sample_efficiency(
             workers=workers,
             device_batch_size=device_batch_size,
             compile=compile,
+            cuda_graph=cuda_graph,
             checkpoint_seconds=checkpoint_seconds,
         )
         if isinstance(found, Efficiency):

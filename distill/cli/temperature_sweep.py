@@ -13,6 +13,7 @@ from distill.cli._options import (
     AsJson,
     CheckpointSeconds,
     Compile,
+    CudaGraph,
     DeviceBatchSize,
     Live,
     Overrides,
@@ -70,6 +71,7 @@ def temperature_sweep(
     workers: Workers = None,
     device_batch_size: DeviceBatchSize = None,
     compile: Compile = False,
+    cuda_graph: CudaGraph = True,
     checkpoint_seconds: CheckpointSeconds = 300.0,
     as_json: AsJson = False,
 ) -> None:
@@ -106,6 +108,7 @@ def temperature_sweep(
             workers=workers,
             device_batch_size=device_batch_size,
             compile=compile,
+            cuda_graph=cuda_graph,
             checkpoint_seconds=checkpoint_seconds,
         )
         if isinstance(found, Sweep):

@@ -14,6 +14,7 @@ from distill.cli._options import (
     AsJson,
     CheckpointSeconds,
     Compile,
+    CudaGraph,
     DeviceBatchSize,
     Overrides,
     RecipeFile,
@@ -49,6 +50,7 @@ def train(
     workers: Workers = None,
     device_batch_size: DeviceBatchSize = None,
     compile: Compile = False,
+    cuda_graph: CudaGraph = True,
     checkpoint_seconds: CheckpointSeconds = 300.0,
     as_json: AsJson = False,
 ) -> None:
@@ -76,6 +78,7 @@ def train(
             workers=workers,
             device_batch_size=device_batch_size,
             compile=compile,
+            cuda_graph=cuda_graph,
             checkpoint_seconds=checkpoint_seconds,
         )
         if console.err.quiet:  # another process prints the result
@@ -145,7 +148,8 @@ def _show(result: Result) -> None:
         lines.append("gain from the teacher: not measured; --baseline trains the student alone too")
     lines.append(
         f"{result.epochs} epochs, {result.steps:,} steps in {result.seconds:.1f} s, "
-        f"{result.images_per_second:,.0f} images/s"
+        f"{result.images_per_second:,.0f} images/s, {result.data_wait or 0:.0%} of the time "
+        f"waiting for images, {(result.memory or 0) / 1e9:.1f} GB at most"
     )
     run = console.plain(result.run)
     following = f"page: {run}/report.html\nnext: distill evaluate {run}\n      distill export {run}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from distill import console, evaluate, storage
 from distill.data import datasets
+from distill.engine import machine, memory
 from distill.engine.cached import Tutor
 from distill.engine.machine import Machine
 from distill.engine.networks import trained
@@ -15,6 +16,22 @@ from distill.engine.session import Session, answers
 from distill.evaluate import Predictions
 from distill.models import cost, weights
 from distill.recipe import Recipe
+
+DATA_WAIT = 0.1  # of the time, from which on it is said
+
+
+def _slow_data(data_wait: float, session: Session, here: Machine) -> list[str]:
+    """What to do where the device waited for images."""
+    if data_wait < DATA_WAIT or session.dataset.train.pixels is not None:
+        return []
+    spare = machine.cores() - here.world * (here.workers + 1)
+    more = f"--workers {here.workers + spare // here.world}, " if spare >= here.world else ""
+    said = (
+        f"{data_wait:.0%} of the time went by waiting for images, which {here.workers} processes "
+        f"decode: {more}or `distill pack`, whose small images decode several times as fast"
+    )
+    console.warn(said)
+    return [said]
 
 
 def _test_scores(
@@ -49,19 +66,22 @@ def finish(
         held_out = answers(student, "val", recipe, dataset, here)
         values["val_top1"] = evaluate.scores(held_out).top1
     images = counter.step * recipe.train.batch_size
+    data_wait = round(counter.waited / max(counter.seconds, 1e-9), 4)
     result = Result(
         **values,
         epochs=recipe.train.epochs,
         steps=counter.step,
         seconds=round(counter.seconds, 3),
         images_per_second=round(images / max(counter.seconds, 1e-9), 1),
+        data_wait=data_wait,
+        memory=memory.peak_bytes(here.device),
         student=student.model,
         teachers=teachers,
         parameters=cost.parameters(student),
         flops=cost.flops(student, dataset.image_size),
         run=str(run.path),
         identity=session.identity,
-        warnings=counter.warnings,
+        warnings=[*counter.warnings, *_slow_data(data_wait, session, here)],
     )
     if here.main:
         storage.write(run.student, weights.to_bytes(student))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill import console, evaluate, schedule, storage
-from distill.engine import checkpoint, optim
+from distill.engine import checkpoint, memory, optim
+from distill.engine.ahead import Ahead
+from distill.engine.capture import Quickest, Told
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.machine import Machine, StopRequest
 from distill.engine.monitor import Display, Monitor
 from distill.engine.run import Counter, Run
 from distill.engine.session import Session, answers
-from distill.engine.step import Step, train_step
+from distill.engine.step import Step, add_gradients, train_step
 from distill.errors import Stopped
 from distill.recipe import Recipe
+from distill.teacher import Once
 from distill.types import Batch
 
 ROW_STEPS = 50  # steps between two rows of metrics.jsonl, or an epoch where that is shorter
@@ -33,6 +39,7 @@ class Training:
         step: Optimizer steps done.
         total: Optimizer steps of the whole run.
         seconds: Spent on them, over all starts.
+        waited: Of these, seconds in which the device had no batch to work on.
         warnings: Said so far, for the result.
         losses: Means that the last row of metrics holds.
 
@@ -58,6 +65,15 @@ class Training:
         self.total = recipe.train.epochs * steps_per_epoch
         self._row_steps = min(ROW_STEPS, steps_per_epoch)
         self._micro_batches = here.micro_batches(recipe.train.batch_size)
+        self._make: Quickest | None = None  # a step; built for the first batch
+        self._lr = 0.0
+        weights = session.distiller.objective.weights
+        # Those that change, where a recorded step finds them.
+        self._changing = {
+            name: torch.zeros((), device=here.device)
+            for name, weight in weights.items()
+            if isinstance(weight, schedule.Ramp)
+        }
         names = list(session.distiller.objective.weights)
         self._monitor = Monitor(run.metrics if here.main else None, names, here.device)
         self.losses: dict[str, float] = {}
@@ -67,30 +83,26 @@ class Training:
             # Weights, their average and two moments, in each checkpoint and in the one in work.
             storage.require_room(run.path, 4 * size * (checkpoint.KEEP + 1))
             storage.write(run.recipe, recipe.to_yaml().encode())
-        self.step, self.seconds, self.warnings = self._resume()
+        self.step, self.seconds, self.waited, self.warnings = self._resume()
 
     @property
     def counter(self) -> Counter:
         """How far the run is."""
-        return Counter(self.step, self.seconds, self.warnings)
+        return Counter(self.step, self.seconds, self.waited, self.warnings)
 
     def take(self, batch: Batch) -> bool:
         """One step on a batch, and what is written of it; returns whether a row of metrics was."""
         session = self.session
+        if self._make is None:
+            self._make = self._quickest(batch, self._set_progress())
         scales = self._set_progress()
-        done = train_step(
-            session.model,
-            session.teacher,
-            session.optimizer,
-            batch,
-            weights=scales,
-            clip_norm=self.recipe.optimizer.clip_norm,
-            micro_batches=self._micro_batches,
-            autocast=session.autocast,
-            scaler=session.scaler,
-        )
-        if session.ema is not None:
-            session.ema.update_parameters(session.distiller.student)
+        told: Told = None
+        if isinstance(session.teacher, Once) and self._micro_batches == 1:
+            with session.autocast:  # outside of what is recorded, as others want to know it too
+                told = session.teacher(batch)
+        done = self._make(batch, told)
+        if session.average is not None:
+            session.average.update(session.distiller.student, first=self.step == 0)
         self.step += 1
         self._monitor.add(done.losses)
         if row := self.step % self._row_steps == 0 or self.step == self.total:
@@ -118,10 +130,11 @@ class Training:
             "optimizer": others,
             "monitor": self._monitor.state(),
             "seconds": self.seconds,
+            "waited": self.waited,
             "warnings": self.warnings,
         }
-        if session.ema is not None:
-            tensors["ema"] = session.ema.state_dict()
+        if session.average is not None:
+            tensors["ema"] = session.average.network.state_dict()
         if session.scaler is not None:
             values["scaler"] = session.scaler.state_dict()
         checkpoint.save(
@@ -135,16 +148,65 @@ class Training:
         if found is None:
             if self.here.main:
                 storage.write(run.metrics, b"")
-            return Counter(0, 0.0, [])
+            return Counter(0, 0.0, 0.0, [])
         session.distiller.load_state_dict(found.tensors["model"])
         optim.load_state(session.optimizer, found.tensors["optimizer"], found.values["optimizer"])
-        if session.ema is not None:
-            session.ema.load_state_dict(found.tensors["ema"])
+        if session.average is not None:
+            session.average.network.load_state_dict(found.tensors["ema"])
         if session.scaler is not None:
             session.scaler.load_state_dict(found.values["scaler"])
         self._monitor.load(found.values["monitor"])
         console.say(f"{run.path}: going on after step {found.step}")
-        return Counter(found.step, found.values["seconds"], found.values["warnings"])
+        values = found.values
+        return Counter(found.step, values["seconds"], values["waited"], values["warnings"])
+
+    def _quickest(self, batch: Batch, scales: dict[str, float]) -> Quickest:
+        """The step, in as many pieces as the device's memory asks for."""
+        recipe, session, here = self.recipe, self.session, self.here
+        weights: dict[str, float | Tensor] = {**scales, **self._changing}
+        self._micro_batches = self._pieces(batch, weights)
+        make = functools.partial(
+            train_step,
+            session.model,
+            session.teacher,
+            session.optimizer,
+            weights=weights,
+            clip_norm=recipe.optimizer.clip_norm,
+            micro_batches=self._micro_batches,
+            autocast=session.autocast,
+            scaler=session.scaler,
+        )
+        return Quickest(
+            lambda batch, told: make(batch, told=told),
+            session.distiller,
+            here.device,
+            record=session.recordable,
+        )
+
+    def _pieces(self, batch: Batch, weights: Mapping[str, float | Tensor]) -> int:
+        """In how many the batch's gradients are added up, so that it fits into memory."""
+        session, device, asked = self.session, self.here.device, self._micro_batches
+        if session.filler is not None:  # it would keep what is heard in a rehearsal
+            return asked
+        add = functools.partial(
+            add_gradients,
+            session.distiller,
+            session.teacher,
+            weights=weights,
+            autocast=session.autocast,
+            scaler=session.scaler,
+        )
+        pieces = memory.pieces_that_fit(
+            session.distiller,
+            lambda batch, pieces: add(batch, micro_batches=pieces),
+            batch,
+            asked,
+            reserve=optim.missing_bytes(session.optimizer),
+            device=device,
+        )
+        if pieces > asked:
+            self._warn(memory.in_pieces(session.distiller, len(batch.ids), pieces, device))
+        return pieces
 
     def _set_progress(self) -> dict[str, float]:
         """Set all that follows from the step alone: learning rate, dropout's seed, loss weights."""
@@ -154,15 +216,18 @@ class Training:
         factor = schedule.learning_rate(
             progress, warmup=spec.warmup_epochs / recipe.train.epochs, shape=spec.schedule
         )
-        for group in session.optimizer.param_groups:
-            group["lr"] = spec.lr * factor
+        self._lr = spec.lr * factor
+        optim.set_lr(session.optimizer, self._lr)
         # A function of the step, so that no generator's state has to be saved and put back.
         seed = ((recipe.train.seed << 42) + (self.step << 10) + here.rank) & ((1 << 63) - 1)
         torch.default_generator.manual_seed(seed)
         if here.device.type == "cuda":
             torch.cuda.default_generators[here.device.index or 0].manual_seed(seed)
         session.distiller.objective.set_progress(progress)
-        return session.distiller.objective.weights_at(progress)
+        scales = session.distiller.objective.weights_at(progress)
+        for name, weight in self._changing.items():
+            weight.fill_(scales[name])
+        return scales
 
     def _write_row(self, done: Step, scales: dict[str, float]) -> dict[str, float]:
         """A row of metrics: the means since the last one, and how the step in work is balanced."""
@@ -171,12 +236,12 @@ class Training:
         ratio = session.distiller.objective.gradient_ratio(
             done.losses.logits, done.told, done.batch, scales
         )
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "epoch": (step - 1) // session.loader.steps_per_epoch + 1,
             "split": "train",
             **means,
-            "lr": session.optimizer.param_groups[0]["lr"],
+            "lr": self._lr,
             **{f"weight_{name}": scale for name, scale in scales.items()},
         }
         if ratio is not None:
@@ -191,12 +256,17 @@ class Training:
         early = self.step / self.total <= RATIO_PART
         if early and not said and not RATIO[0] <= ratio <= RATIO[1]:
             strong, weak = ("teacher", "labels") if ratio > 1 else ("labels", "teacher")
-            self.warnings.append(
+            self._warn(
                 f"at step {row['step']} the gradient from the {strong} is "
                 f"{max(ratio, 1 / ratio):.0f} times the one from the {weak}, which hardly counts; "
                 "mind weights and temperature"
             )
-            console.warn(self.warnings[-1])
+
+    def _warn(self, what: str) -> None:
+        """Say it, and keep it for the result; once."""
+        if what not in self.warnings:
+            self.warnings.append(what)
+            console.warn(what)
 
     def _validate(self, epoch: int) -> None:
         """A row of scores on the validation split, where one is held out and its turn has come."""
@@ -240,7 +310,9 @@ def fit(
     """
     loader, total = trainings[0].session.loader, trainings[0].total
     alive = list(trainings)
+    ahead = Ahead(here.device)
     saved = last = time.monotonic()
+    waited = 0.0
 
     def attempt(training: Training, act: Callable[[], bool | None]) -> bool:
         try:
@@ -255,7 +327,7 @@ def fit(
     while alive and (step := min(training.step for training in alive)) < total:
         epoch, start = divmod(step, loader.steps_per_epoch)
         display.epoch = epoch + 1
-        for batch in loader.epoch(epoch, start=start):
+        for batch in ahead.over(loader.epoch(epoch, start=start)):
             row = False
             for training in [one for one in alive if one.step == step]:
                 row |= attempt(training, lambda: training.take(batch))  # noqa: B023 (called at once)
@@ -264,7 +336,9 @@ def fit(
             now = time.monotonic()
             for training in alive:
                 training.seconds += now - last
-            last = now
+                training.waited += ahead.waited - waited
+            display.waited += ahead.waited - waited
+            last, waited = now, ahead.waited
             if row:
                 display.losses([training.losses for training in alive])
             stopped = stop.agreed(here) if row or here.world == 1 else None

@@ -37,6 +37,7 @@ class Machine(NamedTuple):
     workers: int  # processes that decode images, for each training process
     device_batch_size: int | None  # most images at once on a device; None is all of its share
     compile: bool
+    cuda_graph: bool  # whether a step may be launched as one
     checkpoint_seconds: float
 
     @property
@@ -68,6 +69,7 @@ def setup(
     workers: int | None = None,
     device_batch_size: int | None = None,
     compile: bool = False,
+    cuda_graph: bool = True,
     checkpoint_seconds: float = 300.0,
 ) -> Machine:
     """Join the process group, if there is one, and choose this process's device."""
@@ -78,15 +80,13 @@ def setup(
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     console.err.quiet = not accelerator.is_main_process
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    here = cores()
     if workers is None:
-        workers = max(1, min(8, cores // max(1, accelerator.num_processes) - 1))
-    crowded = os.getloadavg()[0] > cores / 2 and torch.get_num_threads() > 1
+        workers = max(1, min(8, here // max(1, accelerator.num_processes) - 1))
+    crowded = os.getloadavg()[0] > here / 2 and torch.get_num_threads() > 1
     if accelerator.device.type == "cpu" and crowded:
         console.warn(
-            f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores} cores): threads that "
+            f"this machine is busy (load {os.getloadavg()[0]:.1f} on {here} cores): threads that "
             "wait for each other can make training several times slower; try OMP_NUM_THREADS=1 or "
             "OMP_WAIT_POLICY=PASSIVE"
         )
@@ -100,8 +100,16 @@ def setup(
         workers=workers,
         device_batch_size=device_batch_size,
         compile=compile,
+        cuda_graph=cuda_graph,
         checkpoint_seconds=checkpoint_seconds,
     )
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def environment(here: Machine) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from distill.types import Losses
 
 T = TypeVar("T")
 
+WAITED = 0.05  # of the time, from which on a wait for images is shown
 PLAIN_SECONDS = 10.0  # between two lines where the output is no terminal
 
 
@@ -141,6 +142,7 @@ class Display(_Bar):
 
     Attributes:
         epoch: The one in work, counted from 1.
+        waited: Seconds without a batch to work on, as far as is known.
 
     Args:
         name: Begins every line.
@@ -154,6 +156,7 @@ class Display(_Bar):
         self.name, self.total, self.batch_size, self.epoch = name, total, batch_size, 1
         self.began_at = self.done = done
         self.began = self.shown = time.monotonic()
+        self.waited = 0.0  # seconds of it without a batch
         self.text = ""
         self.task = self.bar.add_task(name, total=total, completed=done, text="")
 
@@ -178,8 +181,11 @@ class Display(_Bar):
         if now - self.shown < (0.1 if terminal else PLAIN_SECONDS) and self.done < self.total:
             return
         self.shown = now
-        rate = (self.done - self.began_at) * self.batch_size / max(now - self.began, 1e-9)
+        seconds = max(now - self.began, 1e-9)
+        rate = (self.done - self.began_at) * self.batch_size / seconds
         text = f"{self.text}  {rate:,.0f} images/s"
+        if self.waited > WAITED * seconds:
+            text += f", waiting for images {self.waited / seconds:.0%}"
         if terminal:
             self.bar.update(self.task, completed=self.done, total=self.total, text=text)
         else:

@@ -9,12 +9,20 @@ from torch import Tensor, nn
 
 from distill.recipe import Optimizer
 
+RECORDABLE = ("sgd", "adamw")  # keep nothing that changes outside of tensors
 
-def build(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
+
+def build(module: nn.Module, spec: Optimizer, *, recordable: bool = False) -> torch.optim.Optimizer:
     """The optimizer that a recipe's `optimizer` describes, over all parameters of `module`.
 
     With `decay: matrices`, biases, normalisation scales, tokens and position embeddings (every
     parameter of fewer than two dimensions, or whose name says so) are left out of weight decay.
+
+    Args:
+        module: What it moves.
+        spec: How.
+        recordable: Keep the learning rate in a tensor where a CUDA graph has to find it: that of
+            SGD and AdamW on a GPU.
     """
     decay = spec.decay or ("all" if spec.name == "sgd" else "matrices")
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -28,15 +36,18 @@ def build(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
         | ({"use_fallback": not orthogonal} if spec.name == "muon" else {})
         for (decays, orthogonal), parameters in groups.items()
     ]
-    fused = all(p.device.type == "cuda" for group in groups.values() for p in group)
+    devices = {p.device for group in groups.values() for p in group}
+    fused = {device.type for device in devices} == {"cuda"}
+    recordable = recordable and fused
+    lr = torch.tensor(spec.lr, device=devices.pop()) if recordable else spec.lr
     match spec.name:
         case "sgd":
             nesterov = spec.momentum > 0
             return torch.optim.SGD(
-                settings, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=fused
+                settings, lr=lr, momentum=spec.momentum, nesterov=nesterov, fused=fused
             )
         case "adamw":
-            return torch.optim.AdamW(settings, lr=spec.lr, fused=fused)
+            return torch.optim.AdamW(settings, lr=lr, fused=fused, capturable=recordable)
         case "lamb":
             from timm.optim.lamb import Lamb
 
@@ -48,10 +59,28 @@ def build(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
             return Muon(settings, lr=spec.lr, momentum=spec.momentum, nesterov=True)
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use this learning rate from now on."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     last = name.rpartition(".")[2]
     tokens = ("cls", "dist", "token", "pos_embed", "position", "_table")
     return parameter.ndim >= 2 and not last.endswith(tokens)
+
+
+def missing_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of moments that the first update will make; 0 once it has."""
+    if optimizer.state:
+        return 0
+    moments = 1 if isinstance(optimizer, torch.optim.SGD) else 2
+    sizes = [p.nbytes for group in optimizer.param_groups for p in group["params"]]
+    return moments * int(sum(sizes))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -67,8 +96,8 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], 
         for key, value in state.items():
             (tensors if isinstance(value, Tensor) else others)[f"{index}.{key}"] = value
     for index, group in enumerate(whole["param_groups"]):
-        shared = {f"group{index}.{k}": v for k, v in group.items() if isinstance(v, Tensor)}
-        tensors.update(shared)
+        shared = {k: v for k, v in group.items() if isinstance(v, Tensor) and k != "lr"}
+        tensors |= {f"group{index}.{key}": value for key, value in shared.items()}
     return tensors, others
 
 

@@ -25,6 +25,7 @@ from distill.engine.jobs import Job, Piece, Settings, pieces, scores
 from distill.engine.machine import BATCH_SIZE, Machine, StopRequest
 from distill.engine.monitor import Passage
 from distill.errors import PreflightError, Stopped
+from distill.models.quick import compile_network
 from distill.recipe import Recipe
 from distill.teacher import pack
 
@@ -71,7 +72,7 @@ def precompute(
     wanted = {name: {unit.name for unit in units} for name, units in left.items()}
     if settings.compile:
         for job in jobs:
-            job.network.compile()
+            compile_network(job.network)
     total = _answers_of(jobs, wanted, settings, num_views)
     with Passage(jobs[0].store.origin, total) as passage:
         made = 0

@@ -32,6 +32,8 @@ class Result(NamedTuple):
     run: str
     identity: dict[str, Any]  # digest of the recipe, fingerprints of data and teachers
     warnings: list[str]
+    data_wait: float | None = None  # fraction of `seconds` in which the device had no batch
+    memory: int | None = None  # most bytes held at once: a GPU's tensors, else the whole process
     val_top1: float | None = None  # where a validation split is held out
     baseline: dict[str, Any] | None = None  # the same student from labels alone
     gain: float | None = None  # top1 less the baseline's
@@ -49,6 +51,7 @@ class Counter(NamedTuple):
 
     step: int  # optimizer steps done
     seconds: float  # spent on them, over all starts
+    waited: float  # of these, without a batch to work on
     warnings: list[str]  # said so far, for the result
 
 

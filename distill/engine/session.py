@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distill import console, evaluate, models, objectives
 from distill.data import datasets
 from distill.data.loader import Loader, Rows, evaluation_batches
 from distill.engine import machine, optim
+from distill.engine.average import Average
 from distill.engine.cached import Caches, Opened, Tutor
 from distill.engine.fill import Filler
 from distill.engine.machine import Machine
@@ -27,6 +27,7 @@ from distill.engine.staff import Staff
 from distill.engine.step import Distiller
 from distill.models import cost
 from distill.models.network import Network
+from distill.models.quick import compile_network
 from distill.models.weights import fingerprint
 from distill.recipe import Recipe
 from distill.teacher import Teacher
@@ -46,15 +47,16 @@ class Session(NamedTuple):
     opened: Opened | None  # where teachers answer from a cache
     filler: Filler | None  # where they are asked while a cache is filled
     optimizer: torch.optim.Optimizer
-    ema: AveragedModel | None
+    average: Average | None
     scaler: torch.amp.GradScaler | None
     autocast: AbstractContextManager[Any]
+    recordable: bool  # whether a step may become one CUDA graph
     identity: dict[str, Any]  # what a resumed run must have in common with this one
 
     @property
     def student(self) -> Network:
         """The network that is evaluated and saved: the averaged one, where there is one."""
-        network = self.distiller.student if self.ema is None else self.ema.module
+        network = self.distiller.student if self.average is None else self.average.network
         assert isinstance(network, Network)
         return network
 
@@ -186,9 +188,21 @@ def _session(
         "student": fingerprint(student) if recipe.student.weights else None,
     }
     distiller = Distiller(placed(student, here), objective).to(here.device)
+    average = Average(distiller.student, recipe.train.ema) if recipe.train.ema else None
     if here.compile:
-        distiller.compile()
+        if student.is_convolutional:
+            distiller.compile()  # with the losses: one graph more than the network's own
+        else:
+            compile_network(student)
     half = recipe.train.precision == "fp16"
+    recordable = (
+        here.cuda_graph
+        and here.device.type == "cuda"
+        and here.world == 1  # an all-reduce would have to be recorded in every process alike
+        and recipe.optimizer.name in optim.RECORDABLE
+        and staff.filler is None  # it hands what it hears to the host
+        and not half  # whether a step counts is asked of the device
+    )
     return shared(
         distiller=distiller,
         model=here.accelerator.prepare_model(distiller),
@@ -196,9 +210,10 @@ def _session(
         tutors=staff.tutors,
         opened=staff.opened,
         filler=staff.filler,
-        optimizer=optim.build(distiller, recipe.optimizer),
-        ema=_average(distiller.student, recipe.train.ema) if recipe.train.ema else None,
+        optimizer=optim.build(distiller, recipe.optimizer, recordable=recordable),
+        average=average,
         scaler=torch.amp.GradScaler(here.device.type) if half else None,
+        recordable=recordable,
         identity=own | staff.identity,
     )
 
@@ -304,8 +319,3 @@ def batches_of(
         world=here.world,
         workers=here.workers,
     )
-
-
-def _average(student: nn.Module, decay: float) -> AveragedModel:
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(student, multi_avg_fn=average, use_buffers=True)

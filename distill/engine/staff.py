@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill import models, objectives
 from distill.data.datasets import Dataset
-from distill.engine import cached
+from distill.engine import cached, machine
 from distill.engine.cached import Opened, Tutor, open_caches
 from distill.engine.fill import Filler
 from distill.engine.machine import Machine
@@ -17,6 +19,7 @@ from distill.engine.networks import facts, placed, trained
 from distill.errors import IncompatibleError
 from distill.models import cost
 from distill.models.network import Network
+from distill.models.quick import compile_network, fold, halve
 from distill.models.weights import fingerprint
 from distill.recipe import Recipe
 from distill.teacher import Ensemble, Live, Once, Teacher
@@ -79,9 +82,12 @@ class Staff:
                     self._recipe, self._dataset, networks, self._path / "cache", here
                 )
                 members = list(self.filler.members)
+            else:
+                for network in networks:
+                    _quicken(network, self._recipe, here)
         for tutor in self.tutors:
             if here.compile and tutor.network:
-                tutor.network.compile()
+                compile_network(tutor.network)
         teacher = together(members, self._recipe)
         if teacher is not None and len(self.heard) > 1:
             teacher = Once(teacher, here.micro_batches(self._recipe.train.batch_size))
@@ -103,6 +109,14 @@ def together(members: Sequence[Teacher], recipe: Recipe) -> Teacher | None:
         return members[0] if members else None
     weights = [spec.weight for spec in recipe.teachers]
     return Ensemble(members, weights, recipe.ensemble)
+
+
+def _quicken(network: Network, recipe: Recipe, here: Machine) -> None:
+    """Fold and halve a network that is asked in every step, and that nothing is kept of."""
+    fold(network)
+    with machine.autocast(recipe.train.precision, here.device):
+        if torch.is_autocast_enabled(here.device.type):
+            halve(network, torch.get_autocast_dtype(here.device.type))
 
 
 def _tutor(network: Network, dataset: Dataset) -> Tutor:

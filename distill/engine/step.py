@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from distill.objectives import Objective
 from distill.teacher import Teacher
@@ -28,7 +29,7 @@ class Distiller(nn.Module):
         self.objective = objective
 
     def forward(
-        self, batch: Batch, teacher: Outputs | None, weights: Mapping[str, float]
+        self, batch: Batch, teacher: Outputs | None, weights: Mapping[str, float | Tensor]
     ) -> Losses:
         """The losses of the student's answer to the batch."""
         student = self.student(batch.images)
@@ -61,11 +62,12 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     *,
-    weights: Mapping[str, float],
+    weights: Mapping[str, float | Tensor],
     clip_norm: float | None = None,
     micro_batches: int = 1,
     autocast: AbstractContextManager[Any] | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    told: Outputs | None = None,
 ) -> Step:
     """Forward, backward and update on one batch. Never waits for the device.
 
@@ -79,15 +81,18 @@ def train_step(
         micro_batches: Equal pieces whose gradients are added up, to fit the device's memory.
         autocast: Precision of both forward passes; None is the parameters' own.
         scaler: Loss scaler, for fp16 only.
+        told: What the teacher has said of this batch, where it was asked before.
     """
-    precision = autocast or nullcontext()
-    for i, piece in enumerate(_pieces(batch, micro_batches)):
-        with _local_gradients(model, i < micro_batches - 1):
-            with precision:
-                told = None if teacher is None else teacher(piece)
-                losses: Losses = model(piece, told, weights)
-            loss = losses.total / micro_batches if micro_batches > 1 else losses.total
-            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+    done = add_gradients(
+        model,
+        teacher,
+        batch,
+        weights=weights,
+        micro_batches=micro_batches,
+        autocast=autocast,
+        scaler=scaler,
+        told=told,
+    )
     if clip_norm is not None:
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -100,15 +105,44 @@ def train_step(
     for group in optimizer.param_groups:  # as zero_grad does, less its profiler range of 15 us
         for parameter in group["params"]:
             parameter.grad = None
+    return done
+
+
+def add_gradients(
+    model: nn.Module,
+    teacher: Teacher | None,
+    batch: Batch,
+    *,
+    weights: Mapping[str, float | Tensor],
+    micro_batches: int = 1,
+    autocast: AbstractContextManager[Any] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    told: Outputs | None = None,
+) -> Step:
+    """Forward and backward: `train_step` without the update, which needs less memory than they."""
+    precision = autocast or nullcontext()
+    for i, (piece, said) in enumerate(_pieces(batch, told, micro_batches)):
+        with _local_gradients(model, i < micro_batches - 1):
+            with precision:
+                if said is None and teacher is not None:
+                    said = teacher(piece)
+                losses: Losses = model(piece, said, weights)
+            loss = losses.total / micro_batches if micro_batches > 1 else losses.total
+            (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     parts = {name: part.detach() for name, part in losses.parts.items()}
-    return Step(Losses(losses.total.detach(), parts, losses.logits), told, piece)
+    return Step(Losses(losses.total.detach(), parts, losses.logits), said, piece)
 
 
-def _pieces(batch: Batch, count: int) -> list[Batch]:
+def _pieces(
+    batch: Batch, told: Outputs | None, count: int
+) -> Iterator[tuple[Batch, Outputs | None]]:
     if count == 1:
-        return [batch]
+        yield batch, told
+        return
     size = len(batch.ids) // count
-    return [batch.rows(slice(i * size, (i + 1) * size)) for i in range(count)]
+    for i in range(count):
+        rows = slice(i * size, (i + 1) * size)
+        yield batch.rows(rows), tree_map_only(Tensor, lambda x: x[rows], told)  # noqa: B023
 
 
 def _local_gradients(model: nn.Module, local: bool) -> AbstractContextManager[Any]:

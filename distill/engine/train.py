@@ -33,6 +33,7 @@ def train(
     workers: int | None = None,
     device_batch_size: int | None = None,
     compile: bool = False,
+    cuda_graph: bool = True,
     checkpoint_seconds: float = 300.0,
 ) -> Result:
     """Train the recipe's student and evaluate it; go on where an earlier call stopped.
@@ -48,6 +49,7 @@ def train(
         workers: Processes that decode images, for each training process; None chooses.
         device_batch_size: Most images at once on a device; the global batch stays the recipe's.
         compile: Compile student and teacher with `torch.compile`.
+        cuda_graph: On a GPU that waits for its host, launch a step as one CUDA graph.
         checkpoint_seconds: Time between two checkpoints.
 
     Raises:
@@ -65,6 +67,7 @@ def train(
         workers=workers,
         device_batch_size=device_batch_size,
         compile=compile,
+        cuda_graph=cuda_graph,
         checkpoint_seconds=checkpoint_seconds,
     )
     out = Path(out)

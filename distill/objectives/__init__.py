@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distill import component, schedule
 from distill.errors import IncompatibleError
+from distill.objectives._gather import apart_from_others as apart_from_others
 from distill.objectives._term import Reads, Term
 from distill.recipe import TermSpec
 from distill.types import Anatomy, Batch, Losses, Outputs, Pair
@@ -93,7 +94,7 @@ class Objective(nn.Module):
         student: Outputs,
         teacher: Outputs | None,
         batch: Batch,
-        weights: Mapping[str, float],
+        weights: Mapping[str, float | Tensor],
         again: Mapping[str, Outputs] | None = None,
     ) -> Losses:
         """The weighted sum and its unweighted parts, each a mean over the batch.
@@ -113,9 +114,7 @@ class Objective(nn.Module):
             ).mean()
             for name, term in self.terms.items()
         }
-        weighted = (
-            part if weights[name] == 1 else weights[name] * part for name, part in parts.items()
-        )
+        weighted = (_scaled(part, weights[name]) for name, part in parts.items())
         return Losses(functools.reduce(torch.add, weighted), parts, student.logits.detach())
 
     def taught(self) -> list[tuple[str, Term]]:
@@ -161,6 +160,11 @@ class Objective(nn.Module):
         if teacher is None or number is None or not teacher.members:
             return teacher
         return teacher.members[number]
+
+
+def _scaled(part: Tensor, weight: float | Tensor) -> Tensor:
+    # Whether a tensor is 1 is known to the device alone, and nothing waits for it.
+    return part if isinstance(weight, float | int) and weight == 1 else weight * part
 
 
 def build(specs: Sequence[TermSpec]) -> Objective:

@@ -186,7 +186,7 @@ def traces(out: Path) -> dict[str, bytes]:
     found["metrics.jsonl"] = (out / "metrics.jsonl").read_bytes()
     found["recipe.yaml"] = (out / "recipe.yaml").read_bytes()
     result = json.loads((out / "result.json").read_text())
-    for clock in ("seconds", "images_per_second", "run", "teachers"):
+    for clock in ("seconds", "images_per_second", "data_wait", "memory", "run", "teachers"):
         del result[clock]
     found["result.json"] = json.dumps(result).encode()
     return found

@@ -62,7 +62,7 @@ def test_the_saved_student_is_the_averaged_one_alone(run: tuple[Path, Path, str]
     newest = max((out / "checkpoint").glob("step-*"))
     average = safetensors.torch.load_file(newest / "ema.safetensors")
     for name, tensor in saved.items():
-        torch.testing.assert_close(tensor, average[f"module.backbone.{name}"], rtol=0, atol=0)
+        torch.testing.assert_close(tensor, average[f"backbone.{name}"], rtol=0, atol=0)
 
 
 def test_the_scores_are_those_of_the_saved_student(run: tuple[Path, Path, str]) -> None:

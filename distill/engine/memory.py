@@ -1,0 +1,195 @@
+"""Memory of a training step: how much there is, how much a step needs, and in how many pieces."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill.engine.capture import forget_gradients
+from distill.errors import PreflightError
+from distill.objectives import apart_from_others
+from distill.types import Batch
+
+PART = 0.8  # of what is free, for what a step keeps; kernels' workspaces take from the rest
+_SIGNS = ("DefaultCPUAllocator", "ALLOC_FAILED")  # of want in what PyTorch and its libraries say
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take on the device, limits of its container included."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [int(psutil.virtual_memory().available)]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - psutil.Process().memory_info().vms)
+    try:  # a container's or a batch system's
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        free.append(int(most) - int(used))
+    except (OSError, ValueError):
+        pass
+    return max(min(free), 0)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held at once: on a GPU its tensors, else all of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def kept_bytes(step: Callable[[], object], network: nn.Module) -> int:
+    """Bytes that a step keeps between its forward and backward pass, the weights left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
+    found: dict[int, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(remember, lambda tensor: tensor):
+        step()
+    return sum(found.values())
+
+
+def grown(few: int, more: int, images: int) -> int:
+    """Bytes for so many images, told from those for two and for four.
+
+    Not all that is kept grows with the batch: autocast keeps cast weights.
+    """
+    return max(round(few + max(more - few, 0) / 2 * (images - 2)), 0)
+
+
+def pieces_that_fit(
+    network: nn.Module,
+    add: Callable[[Batch, int], object],
+    batch: Batch,
+    pieces: int,
+    *,
+    reserve: int,
+    device: torch.device,
+) -> int:
+    """The fewest equal pieces, from `pieces` on, whose steps fit on the device one by one.
+
+    On a GPU they are tried; elsewhere, where a system gives more memory than it has and then kills,
+    they are told from the need of a few images. Nothing of what is tried stays. All processes get
+    the same answer, and what it is they say.
+
+    Args:
+        network: All that learns, not wrapped.
+        add: Adds up the gradients of a batch in so many pieces.
+        batch: This process's share of a global batch.
+        pieces: The fewest that come into question.
+        reserve: Bytes that the first update will take besides.
+        device: Where.
+
+    Raises:
+        PreflightError: If not even single images fit.
+    """
+    images = len(batch.ids)
+    fitting = pieces
+    with _rehearsed(network):
+        need = None if device.type == "cuda" else _need(network, add, batch)
+
+        def fits(pieces: int) -> bool:
+            return _fits(network, add, batch, pieces, reserve, need, device)
+
+        while _any(not fits(fitting), device):
+            if fitting == images:
+                raise PreflightError(
+                    f"not even one image at a time fits into the memory of {device}",
+                    hint="a smaller student or teacher, a smaller image, or precision: bf16",
+                )
+            fitting = next(n for n in range(fitting + 1, images + 1) if images % n == 0)
+    return fitting
+
+
+def in_pieces(network: nn.Module, images: int, pieces: int, device: torch.device) -> str:
+    """What a user is told of a batch that was cut because it does not fit."""
+    norms = any(isinstance(module, _BatchNorm) for module in network.modules())
+    return (
+        f"{images:,} images at once do not fit into the memory of {device}: the gradients of "
+        f"{pieces} micro-batches of {images // pieces:,} are added up, for the same global batch"
+        + (", and BatchNorm sees each by itself" if norms else "")
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it was raised for want of memory, by a GPU's allocator or the CPU's."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in said for sign in _SIGNS)
+    )
+
+
+@contextmanager
+def _rehearsed(network: nn.Module) -> Generator[None]:
+    """Leave the network as it was: without gradients, and its running statistics put back."""
+    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        with apart_from_others():
+            yield
+    finally:
+        forget_gradients(network)
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _need(
+    network: nn.Module, add: Callable[[Batch, int], object], batch: Batch
+) -> Callable[[int], int]:
+    """Bytes that a step keeps, by its images."""
+    if len(batch.ids) <= 4:
+        return lambda images: 0
+    few, more = (
+        kept_bytes(lambda: add(batch.rows(slice(count)), 1), network)  # noqa: B023 (called at once)
+        for count in (2, 4)
+    )
+    return lambda images: grown(few, more, images)
+
+
+def _fits(
+    network: nn.Module,
+    add: Callable[[Batch, int], object],
+    batch: Batch,
+    pieces: int,
+    reserve: int,
+    need: Callable[[int], int] | None,
+    device: torch.device,
+) -> bool:
+    if need is not None:
+        return need(len(batch.ids) // pieces) + reserve <= PART * free_bytes(device)
+    try:
+        held = torch.empty(reserve, dtype=torch.uint8, device=device)
+        add(batch, pieces)
+        del held
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        forget_gradients(network)
+        torch.cuda.empty_cache()
+    return True
+
+
+def _any(here: bool, device: torch.device) -> bool:
+    """Whether it is so in any process; the same answer in all of them."""
+    if not dist.is_initialized():
+        return here
+    flag = torch.tensor(int(here), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
