@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 from distill import models, objectives
@@ -19,7 +19,7 @@ from distill.cache.store import open_store, places
 from distill.data import datasets
 from distill.data.datasets import Dataset
 from distill.data.loader import Loader
-from distill.engine import cached, generations, machine, optim
+from distill.engine import cached, generations, machine, memory, optim
 from distill.engine.networks import connect, facts, trained
 from distill.engine.run import Run
 from distill.engine.staff import together
@@ -110,9 +110,9 @@ def _rehearse(
     networks = [network for network, _ in teachers]
     caches = _caches(recipe, path, dataset, networks)
     objective = objectives.build(recipe.objective)
-    memory, checkpoint = _step(recipe, dataset, student, networks, objective, batch_size // devices)
+    needed, checkpoint = _step(recipe, dataset, student, networks, objective, batch_size // devices)
     if recipe.cache is not None and recipe.cache.path is not None and not recipe.cache.fill:
-        memory = memory._replace(teachers=0)  # the cache answers for them
+        needed = needed._replace(teachers=0)  # the cache answers for them
     plan = Rehearsal(
         data={
             "name": dataset.name,
@@ -142,11 +142,11 @@ def _rehearse(
         steps=steps,
         batch_size=batch_size,
         device_batch_size=batch_size // devices,
-        memory=memory,
+        memory=needed,
         caches=caches,
         reads={name: str(reads) for name, reads in objective.reads().items()},
         checkpoint=checkpoint,
-        warnings=_warnings(recipe, dataset, student),
+        warnings=_warnings(recipe, dataset, student, needed),
     )
     return plan, student
 
@@ -232,45 +232,33 @@ def _step(
     teacher = together(members, recipe)
 
     def kept(batch: Batch) -> int:
-        """Bytes that a step on `batch` keeps between its forward and backward pass."""
-        own = {tensor.untyped_storage().data_ptr() for tensor in distiller.state_dict().values()}
-        found: dict[int, int] = {}
-
-        def remember(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(remember, lambda tensor: tensor):
-            train_step(
-                distiller,
-                teacher,
-                optimizer,
-                batch,
-                weights=distiller.objective.weights_at(0.5),
-                autocast=_autocast(recipe.train.precision),
-            )
-        return sum(found.values())
+        step = functools.partial(
+            train_step,
+            distiller,
+            teacher,
+            optimizer,
+            batch,
+            weights=distiller.objective.weights_at(0.5),
+            autocast=_autocast(recipe.train.precision),
+        )
+        return memory.kept_bytes(step, distiller)
 
     pair = _pair(recipe, dataset)
     four: Batch = tree_map_only(Tensor, lambda x: torch.cat([x, x]), pair)
-    # Two sizes, because not all that is kept grows with the batch: autocast keeps cast weights.
     few, more = kept(pair), kept(four)
-    slope = max(more - few, 0) / 2
     state, _ = optim.state_tensors(optimizer)
     model = _bytes(distiller.state_dict())
     average = _bytes(student.state_dict()) if recipe.train.ema else 0
-    memory = Memory(
+    needed = Memory(
         weights=model,
         gradients=sum(p.nbytes for p in distiller.parameters() if p.requires_grad),
         optimizer=_bytes(state),
         average=average,
-        activations=max(round(few + slope * (images - 2)), 0),
+        activations=memory.grown(few, more, images),
         teachers=sum(_bytes(network.state_dict()) for network in teachers),
         images=pair.images[0].nbytes * images,
     )
-    return memory, memory.weights + memory.optimizer + memory.average
+    return needed, needed.weights + needed.optimizer + needed.average
 
 
 def _caches(
@@ -341,7 +329,7 @@ def _autocast(precision: str) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def _warnings(recipe: Recipe, dataset: Dataset, student: Network) -> list[str]:
+def _warnings(recipe: Recipe, dataset: Dataset, student: Network, needed: Memory) -> list[str]:
     """What a user should know before the run."""
     found = []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -349,6 +337,12 @@ def _warnings(recipe: Recipe, dataset: Dataset, student: Network) -> list[str]:
         machine.autocast(recipe.train.precision, device)
     except DistillError as error:
         found.append(f"not on this machine: {error}")
+    free = memory.free_bytes(device)
+    if needed.total > memory.PART * free:
+        found.append(
+            f"about {needed.total / 1e9:,.1f} GB are needed, and {free / 1e9:,.1f} GB are free "
+            "here: training would add up micro-batches"
+        )
     if dataset.bad:
         found.append(f"training images that are bad and left out: {len(dataset.bad):,}")
     if student.reinitialised:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
-import torch
 from jaxtyping import Bool
 
 from distill import console, evaluate, storage
 from distill.engine.fit import Training, fit
 from distill.engine.machine import Machine, StopRequest
+from distill.engine.memory import free_bytes
 from distill.engine.monitor import Display
 from distill.engine.run import Run
 from distill.engine.session import Session, announce, answers, prepare_together
@@ -151,7 +150,9 @@ class _Rounds:
                 [trial.recipe for trial in trials],
                 self.out / trials[0].name,
                 self.here,
-                memory=_free(self.here) * MEMORY_PART if self.memory is None else self.memory,
+                memory=free_bytes(self.here.device) * MEMORY_PART
+                if self.memory is None
+                else self.memory,
                 lost=lose,
             )
             for session in sessions.values():
@@ -241,10 +242,3 @@ def _require_same_recipe(path: Path, trial: Trial) -> None:
             origin=f"{path}: holds a trial of another recipe",
             hint="give another --out",
         )
-
-
-def _free(here: Machine) -> float:
-    """Bytes that are free on the device."""
-    if here.device.type == "cuda":
-        return float(torch.cuda.mem_get_info(here.device)[0])
-    return float(psutil.virtual_memory().available)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,6 +31,8 @@ train: {epochs: 1, batch_size: 400}
 
 LIMITED = """
 import resource, sys, psutil, torch
+from pathlib import Path
+from distill.engine.preflight import rehearse
 from distill.engine.train import train
 from distill.models.zoo import vit
 from distill.recipe import Recipe
@@ -40,7 +43,9 @@ if room:
     most = psutil.Process().memory_info().vms + room
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 size = int(sys.argv[2]) or None
-train(Recipe.load("recipe.yaml"), sys.argv[3], device_batch_size=size, workers=0)
+recipe = Recipe.load("recipe.yaml")
+print(*rehearse(recipe, Path(sys.argv[3])).warnings)
+train(recipe, sys.argv[3], device_batch_size=size, workers=0)
 """
 
 
@@ -68,11 +73,12 @@ class Keeps(nn.Module):
 def test_a_run_that_does_not_fit_adds_up_micro_batches_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
 
-    def run(name: str, room: int, size: int) -> tuple[str, dict[str, object], bytes]:
+    def run(name: str, room: int, size: int) -> tuple[str, dict[str, Any], bytes]:
         arguments = [sys.executable, "-c", LIMITED, str(room), str(size), name]
         done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
         out = tmp_path / name
         student = (out / "student.safetensors").read_bytes()
+        assert ("micro-batches" in done.stdout) is bool(room)  # planned before it is found out
         return done.stderr, json.loads((out / "result.json").read_text()), student
 
     said, result, student = run("limited", 600 * 2**20, 0)
@@ -81,8 +87,8 @@ def test_a_run_that_does_not_fit_adds_up_micro_batches_and_says_so(tmp_path: Pat
     pieces, size = map(int, found.groups())
     assert pieces > 1
     assert pieces * size == 400
-    assert any("micro-batches" in warning for warning in result["warnings"])  # type: ignore[attr-defined]
-    assert result["memory"] > 10**8  # type: ignore[operator]
+    assert any("micro-batches" in warning for warning in result["warnings"])
+    assert result["memory"] > 10**8
     quiet, plain, same = run("asked", 0, size)
     assert "do not fit" not in quiet
     assert student == same
