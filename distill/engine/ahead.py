@@ -1,10 +1,11 @@
-"""Batches made while the step before them is still in work, and how long the device waited."""
+"""What runs beside each other on a GPU: batches and steps, and the steps of several students."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,3 +62,28 @@ class Ahead:
         for tensor in tensors(batch):  # or their memory would be used again before they are read
             tensor.record_stream(using)
         return batch
+
+
+class Lanes:
+    """Streams in which recorded steps of several students run beside each other on a GPU.
+
+    A small network's kernels fill a part of a GPU each.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: dict[object, Any] = {}
+
+    @contextmanager
+    def of(self, owner: object) -> Generator[None]:
+        """Launch what belongs to `owner` in a stream of its own, after all that came before."""
+        cuda: Any = torch.cuda
+        stream = self._streams.setdefault(owner, cuda.Stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def join(self) -> None:
+        """Let what comes now wait for all lanes."""
+        for stream in self._streams.values():
+            torch.cuda.current_stream(self._device).wait_stream(stream)

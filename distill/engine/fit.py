@@ -6,6 +6,7 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from distill import console, evaluate, schedule, storage
 from distill.engine import checkpoint, memory, optim
-from distill.engine.ahead import Ahead
+from distill.engine.ahead import Ahead, Lanes
 from distill.engine.capture import Quickest, Told
 from distill.engine.checkpoint import Checkpoint
 from distill.engine.machine import Machine, StopRequest
@@ -96,11 +97,7 @@ class Training:
         if self._make is None:
             self._make = self._quickest(batch, self._set_progress())
         scales = self._set_progress()
-        told: Told = None
-        if isinstance(session.teacher, Once) and self._micro_batches == 1:
-            with session.autocast:  # outside of what is recorded, as others want to know it too
-                told = session.teacher(batch)
-        done = self._make(batch, told)
+        done = self._make(batch, self.hear(batch))
         if session.average is not None:
             session.average.update(session.distiller.student, first=self.step == 0)
         self.step += 1
@@ -115,6 +112,19 @@ class Training:
                 session.filler.finish(session.loader.view(epoch - 1), session.loader.views)
             self._validate(epoch)
         return row
+
+    def hear(self, batch: Batch) -> Told:
+        """What a teacher says whom others hear too, so that no recorded step asks it once more."""
+        teacher = self.session.teacher
+        if not isinstance(teacher, Once) or self._micro_batches > 1:
+            return None
+        with self.session.autocast:
+            return teacher(batch)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether its steps are replayed."""
+        return self._make is not None and self._make.recorded
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -310,7 +320,7 @@ def fit(
     """
     loader, total = trainings[0].session.loader, trainings[0].total
     alive = list(trainings)
-    ahead = Ahead(here.device)
+    ahead, lanes = Ahead(here.device), Lanes(here.device)
     saved = last = time.monotonic()
     waited = 0.0
 
@@ -329,9 +339,15 @@ def fit(
         display.epoch = epoch + 1
         for batch in ahead.over(loader.epoch(epoch, start=start)):
             row = False
-            for training in [one for one in alive if one.step == step]:
-                row |= attempt(training, lambda: training.take(batch))  # noqa: B023 (called at once)
+            takers = [one for one in alive if one.step == step]
+            for training in takers:
+                if training.recorded:
+                    training.hear(batch)  # before their lanes part
+            for training in takers:
+                with lanes.of(training) if training.recorded else nullcontext():
+                    row |= attempt(training, lambda: training.take(batch))  # noqa: B023
                 display.advance()
+            lanes.join()
             step += 1
             now = time.monotonic()
             for training in alive:
