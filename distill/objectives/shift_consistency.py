@@ -52,12 +52,15 @@ def moved(
 class ShiftConsistency(Term):
     """Answer alike when the image moves; a second forward pass of the student, weight 1 to 100."""
 
+    steps: Tensor
     needs_teacher = False
     shows = True
 
     def __init__(self, *, pixels: Count = 1) -> None:
         super().__init__()
-        self.pixels = pixels
+        # Down, along the eight neighbours of a cell, clockwise; on the device before any step.
+        steps = torch.tensor([0, 1, 1, 1, 0, -1, -1, -1]) * pixels
+        self.register_buffer("steps", steps, persistent=False)
 
     def show(self, batch: Batch) -> Tensor:
         """The batch's images, each moved to one of eight sides."""
@@ -70,7 +73,5 @@ class ShiftConsistency(Term):
         return shift_consistency_loss(student.logits, student.again.logits, pixels=length)
 
     def _moves(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        # The eight neighbours of a cell, clockwise: a pure function of sample and view.
-        side = (uniform(batch, 1, salt=1)[:, 0] * 8).long()
-        steps = torch.tensor([0, 1, 1, 1, 0, -1, -1, -1], device=side.device) * self.pixels
-        return steps[side], steps[(side + 2) % 8]
+        side = (uniform(batch, 1, salt=1)[:, 0] * 8).long()  # a function of sample and view
+        return self.steps[side], self.steps[(side + 2) % 8]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distill import component
@@ -232,3 +233,38 @@ def test_compiled_without_a_break_it_is_the_same(name: str) -> None:
 def test_one_image_is_enough(name: str) -> None:
     value = loss(build(name, 4), logits(1, 4), logits(1, 4), batch(1, 4))
     assert value.isfinite().all()
+
+
+class _NoQuestions(TorchDispatchMode):
+    """Refuses what would wait for a device: its values on the host, or the host's on it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        masks = [x for x in tree_leaves(args[1:]) if getattr(x, "dtype", None) == torch.bool]
+        asks = name in WAITING or (name.startswith("index") and masks)
+        assert not asks, f"{name} waits for the device, and cannot be recorded"
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique2", "equal"}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_step_asks_the_device_nothing(name: str) -> None:
+    term, data = build(name), batch(6, 10, "mixed")
+    student, teacher = logits(6, 10).requires_grad_(), logits(6, 10)
+    term.set_progress(0.5)
+    own, other = anatomy("student", 10, **STUDENT), anatomy("teacher", 10, **TEACHER)
+    told = outputs(term.reads.student, own, student), outputs(term.reads.teacher, other, teacher)
+    with _NoQuestions():
+        if term.shows:
+            term.show(data)
+        term(*told, data).mean().backward()
+
+
+def test_a_question_would_be_noticed() -> None:
+    for ask in (lambda x: float(x[0]), lambda x: x[x > 0], lambda x: torch.tensor([1.0]) + x):
+        with _NoQuestions(), pytest.raises(AssertionError, match="waits for the device"):
+            ask(torch.ones(3))
