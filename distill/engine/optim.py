@@ -47,7 +47,10 @@ def build(module: nn.Module, spec: Optimizer, *, recordable: bool = False) -> to
                 settings, lr=lr, momentum=spec.momentum, nesterov=nesterov, fused=fused
             )
         case "adamw":
-            return torch.optim.AdamW(settings, lr=lr, fused=fused, capturable=recordable)
+            adamw = torch.optim.AdamW(settings, lr=lr, fused=fused, capturable=recordable)
+            # The first steps are not recorded, and that is no reason for a warning.
+            adamw._warned_capturable_if_run_uncaptured = True
+            return adamw
         case "lamb":
             from timm.optim.lamb import Lamb
 
