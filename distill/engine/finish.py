@@ -24,11 +24,12 @@ def _slow_data(data_wait: float, session: Session, here: Machine) -> list[str]:
     """What to do where the device waited for images."""
     if data_wait < DATA_WAIT or session.dataset.train.pixels is not None:
         return []
-    spare = machine.cores() - here.world * (here.workers + 1)
-    more = f"--workers {here.workers + spare // here.world}, " if spare >= here.world else ""
+    idle = machine.cores() // here.world - 1 - here.workers
+    helps = [f"--workers {here.workers + idle}"] if idle > 0 else []
+    helps.append("`distill pack`, whose small images decode several times as fast")
     said = (
-        f"{data_wait:.0%} of the time went by waiting for images, which {here.workers} processes "
-        f"decode: {more}or `distill pack`, whose small images decode several times as fast"
+        f"{data_wait:.0%} of the time went by waiting for images to be decoded "
+        f"(--workers {here.workers}); what helps: {', or '.join(helps)}"
     )
     console.warn(said)
     return [said]
