@@ -154,10 +154,11 @@ def _need(
     """Bytes that a step keeps, by its images."""
     if len(batch.ids) <= 4:
         return lambda images: 0
-    few, more = (
-        kept_bytes(lambda: add(batch.rows(slice(count)), 1), network)  # noqa: B023 (called at once)
-        for count in (2, 4)
-    )
+    with torch.compiler.set_stance("force_eager"):  # else it would compile for these sizes
+        few, more = (
+            kept_bytes(lambda: add(batch.rows(slice(count)), 1), network)  # noqa: B023
+            for count in (2, 4)
+        )
     return lambda images: grown(few, more, images)
 
 
