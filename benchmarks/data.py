@@ -1,6 +1,6 @@
 """Images a CPU second of the training loader beside torchvision's pipelines, one thread.
 
-    python benchmarks/data.py [ROUNDS]
+    python benchmarks/data.py [--rounds 5]
 
 Pictures of CIFAR's shape in memory, batches of 128. Every pipeline delivers float images in [0, 1];
 torchvision's work on one image at a time, in a DataLoader without workers.
@@ -8,8 +8,8 @@ torchvision's work on one image at a time, in a DataLoader without workers.
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -38,7 +38,7 @@ def ours(steps: int, **keys: object) -> Work:
     dataset = Dataset(
         name="random", classes=tuple("0123456789"), train=source, test=source,
         train_ids=np.arange(NUM), val_ids=np.arange(0), image_size=32, mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25), max_pixels=10**6, bad=(), fingerprint="",
+        std=(0.25, 0.25, 0.25), max_pixels=10**6, bad=(), content="", fingerprint="",
     )  # fmt: skip
     loader = Loader(
         dataset, Data(name="cifar10", **keys), batch_size=BATCH, train_seed=0,
@@ -112,4 +112,6 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    main(parser.parse_args().rounds)

@@ -1,13 +1,13 @@
 """Our training loop against a bare PyTorch loop over the same tensors, side by side in one run.
 
-    python benchmarks/engine.py [--repeats 7]
+    python benchmarks/engine.py [--rounds 7]
 
 Both train the same network on the same random images of CIFAR's shape, in memory as uint8, cropped
 and flipped by one gather and normalised in the network, and on the same labels, as probabilities.
 Ours is `distill.engine.fit.fit` as `distill train` calls it, with its rows of metrics, schedules
 and final checkpoint; the bare loop is forward, backward, step. Variants take turns; ratios and
-differences are of neighbours in time. Times are CPU time of the process on one thread, so that
-other work on the machine counts little.
+differences are of neighbours in time. On a CPU times are CPU time of the process on one thread, so
+that other work on the machine counts little; on a GPU they are the clock's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _timing import Row, inverse, report, rows, verdict
 from torch import Tensor, nn
 
 from distill import console
@@ -34,6 +35,8 @@ from distill.engine.session import Session, prepare
 from distill.recipe import Recipe
 
 IMAGES = 2_000
+CUDA = torch.cuda.is_available()
+GOAL = 1.05  # of the bare loop's time
 
 RECIPE = """
 data: {{name: cifar10, root: {root}, augment: {augment}, image_size: {size}}}
@@ -66,8 +69,16 @@ def write_images(root: Path) -> None:
         rows.tofile(folder / f"{name}.bin")
 
 
+def clock() -> float:
+    """Seconds: the clock's once a GPU is done, else this process's own."""
+    if not CUDA:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def ours(recipe: Recipe, folder: Path) -> Callable[[], float]:
-    """CPU seconds of a run of the recipe, each in a directory of its own."""
+    """Seconds of a run of the recipe, each in a directory of its own."""
     here = machine.setup(workers=0)
     console.err.quiet = True
     count = 0
@@ -79,32 +90,35 @@ def ours(recipe: Recipe, folder: Path) -> Callable[[], float]:
         path.mkdir()
         session = prepare(recipe, path, here)
         with machine.stop_request() as stop:
-            began = time.process_time()
+            began = clock()
             training = Training(recipe, Run(path), session, here)
             with Display(path.name, 0, training.total, recipe.train.batch_size) as display:
                 fit([training], here, stop, display, path=path)
-            return time.process_time() - began
+            return clock() - began
 
     return run
 
 
 def bare(recipe: Recipe, folder: Path, steps: int) -> Callable[[], float]:
-    """CPU seconds of the same number of steps of a bare loop."""
-    session: Session = prepare(recipe, folder / "bare", machine.setup(workers=0))
-    dataset = session.dataset
+    """Seconds of the same number of steps of a bare loop."""
+    here = machine.setup(workers=0)
+    session: Session = prepare(recipe, folder / "bare", here)
+    dataset, device = session.dataset, here.device
     assert dataset.train.pixels is not None
-    canvas = torch.from_numpy(np.pad(dataset.train.pixels, ((0, 0), (4, 4), (4, 4), (0, 0))))
-    plain = torch.from_numpy(dataset.train.pixels)
-    labels = F.one_hot(torch.from_numpy(dataset.train.labels)).float()
+    padded = np.pad(dataset.train.pixels, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    canvas = torch.from_numpy(padded).to(device)
+    plain = torch.from_numpy(dataset.train.pixels).to(device)
+    labels = F.one_hot(torch.from_numpy(dataset.train.labels)).float().to(device)
     batch, size = recipe.train.batch_size, dataset.image_size
-    around = torch.arange(size)
+    around = torch.arange(size, device=device)
 
     def images(ids: Tensor) -> Tensor:
         if not recipe.data.augment:
             return plain[ids].permute(0, 3, 1, 2).float() / 255
-        shift = torch.randint(0, 9, (2, len(ids), 1))
+        shift = torch.randint(0, 9, (2, len(ids), 1), device=device)
         columns = shift[1] + around
-        columns = torch.where(torch.rand(len(ids), 1) < 0.5, columns.flip(1), columns)
+        flipped = torch.rand(len(ids), 1, device=device) < 0.5
+        columns = torch.where(flipped, columns.flip(1), columns)
         rows = shift[0] + around
         pixels = canvas[ids[:, None, None], rows[:, :, None], columns[:, None, :]]
         return pixels.permute(0, 3, 1, 2).float() / 255
@@ -114,10 +128,10 @@ def bare(recipe: Recipe, folder: Path, steps: int) -> Callable[[], float]:
         optimizer = torch.optim.SGD(
             student.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
-        began = time.process_time()
+        began = clock()
         done = 0
         while done < steps:
-            order = torch.randperm(len(labels))
+            order = torch.randperm(len(labels), device=device)
             for first in range(0, len(labels) - batch + 1, batch):
                 ids = order[first : first + batch]
                 loss = F.cross_entropy(student(images(ids)).logits, labels[ids])
@@ -127,13 +141,13 @@ def bare(recipe: Recipe, folder: Path, steps: int) -> Callable[[], float]:
                 done += 1
                 if done == steps:
                     break
-        return time.process_time() - began
+        return clock() - began
 
     return run
 
 
-def compare(name: str, steps: int, repeats: int, **keys: Any) -> None:
-    """Print one line: our loop against the bare one."""
+def compare(name: str, steps: int, rounds: int, **keys: Any) -> Row:
+    """Our loop against the bare one."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_images(root)
@@ -146,33 +160,46 @@ def compare(name: str, steps: int, repeats: int, **keys: Any) -> None:
         variants = bare(recipe, root, total), ours(recipe, root)
         for variant in variants:
             variant()
-        pairs = [tuple(variant() for variant in variants) for _ in range(repeats)]
-    ratios = [our / plain for plain, our in pairs]
+        pairs = [tuple(variant() for variant in variants) for _ in range(rounds)]
     costs = [(our - plain) / total * 1e6 for plain, our in pairs]
-    plain, our = (statistics.median(times) / total * 1e6 for times in zip(*pairs, strict=True))
-    print(
-        f"{name:34s} bare {plain:9,.0f} us   ours {our:9,.0f} us   ours/bare "
-        f"{statistics.median(ratios):.3f} [{min(ratios):.3f} .. {max(ratios):.3f}]   "
-        f"{statistics.median(costs):+,.0f} us [{min(costs):+,.0f} .. {max(costs):+,.0f}] a step"
+    found = rows(
+        {
+            who: [total / seconds for seconds in times]
+            for who, times in zip(("a bare loop", "ours"), zip(*pairs, strict=True), strict=True)
+        }
     )
+    extra = f"{statistics.median(costs):+,.0f} [{min(costs):+,.0f} .. {max(costs):+,.0f}] µs a step"
+    report(
+        name,
+        inverse(found),
+        unit="steps",
+        per="s" if CUDA else "CPU-s",
+        note=f"Ratios are of times; ours less a bare loop: {extra}.",
+    )
+    print(f"  {extra}")
+    return inverse(found)[1]
 
 
 def main() -> None:
     """Run all comparisons."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6_000, help="of the tiny network")
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape = {"augment": "[crop, flip]", "size": 32, "batch": 128}
-    compare(
-        "resnet20, batch 128, crop + flip",
-        15,
-        options.repeats,
+    steps = 1_000 if CUDA else 15  # a run records its CUDA graph once
+    row = compare(
+        "our loop: resnet20, batch 128, crop + flip",
+        steps,
+        options.rounds,
         model="resnet20",
         **shape,
     )
+    verdict(f"ours over a bare loop, goal {GOAL}", row.ratio, row.ratio <= GOAL)
     shape = {"augment": "[]", "size": 8, "batch": 16}
-    compare("tiny net, batch 16, 8 px", 6_000, options.repeats, model="engine:tiny", **shape)
+    title = "our loop: tiny net, batch 16, 8 px"
+    compare(title, options.steps, options.rounds, model="engine:tiny", **shape)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from _timing import Work, compare, keep_memory, report
+from _timing import Work, compare, inverse, keep_memory, report
 
 from distill import component, models, objectives
 from distill.engine import optim
@@ -78,10 +78,7 @@ def main() -> None:
     keep_memory()
     names = ["kd", *(name for name in options.terms if name != "kd")]
     rows = compare({name: step(name) for name in names}, rounds=options.rounds)
-    rows = [
-        row._replace(ratio=1 / row.ratio, least=1 / row.most, most=1 / row.least) for row in rows
-    ]
-    report("time of a step, as a ratio to that with kd", rows, unit="steps")
+    report("time of a step, as a ratio to that with kd", inverse(rows), unit="steps")
 
 
 if __name__ == "__main__":
