@@ -66,13 +66,13 @@ def survey(path: Path) -> Survey:
     own_split = any((root / name).is_dir() for name in ("test", "val", "validation"))
     if (root / "train").is_dir() and own_split:
         found = folder.scan(root, None)
-        bad_train, bad_test = ({e.name: w for e, w in _bad(root, s)} for s in found[1:])
+        bad_train, bad_test = ({e.name: w for e, w in _bad(root, list(s))} for s in found[1:])
         train = [entry for entry in found.train if entry.name not in bad_train]
-        test = found.test
+        test = list(found.test)
     else:
         own_split = False
         root = root / "train" if (root / "train").is_dir() else root
-        entries = folder.entries(root, root)
+        entries = list(folder.entries(root, root))
         bad_train, bad_test = {entry.name: what for entry, what in _bad(root, entries)}, {}
         train, test = _split([entry for entry in entries if entry.name not in bad_train])
     classes = tuple(sorted({entry.label for entry in train}))

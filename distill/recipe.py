@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from distill import component, recipe_file, yamlio
 from distill.component import Count, Location, Positive
 from distill.errors import RecipeError
+from distill.remote import is_remote
 from distill.sections import (
     OUTSIDE_MODELS,
     Augmentation,
@@ -133,8 +134,13 @@ class Recipe(Section):
             del data["data"][key]
         if self.transfers:
             data["data"]["transfer"] = True
-        if self.data.control is None:
-            del data["data"]["control"]
+        for key in ("control", "shuffle_shards"):  # of later versions
+            if data["data"][key] is None:
+                del data["data"][key]
+        if self.data.decoder == "exact":
+            del data["data"]["decoder"]
+        if not self.train.sync_batchnorm:
+            del data["train"]["sync_batchnorm"]
         if self.cache is None:
             del data["cache"]
         else:
@@ -299,6 +305,30 @@ def _constant(term: str, name: str, default: bool) -> bool:
     return default if definition is None else bool(definition.constants.get(name, default))
 
 
+def _contradictions_of_data(data: Data) -> Iterator[tuple[str, str]]:
+    """Keys that the kind of set does not have, or needs."""
+    far = is_remote(data.root or "")
+    if data.split_file and data.name != "folder":
+        yield "split_file", "only a folder of images has one"
+    if data.shuffle_shards and data.name != "webdataset":
+        yield "shuffle_shards", "only webdataset has shards"
+    if far and data.name != "webdataset":
+        yield "root", "only the shards of webdataset are read from an object store"
+    elif far and not data.shuffle_shards and not data.transfer:
+        yield (
+            "shuffle_shards",
+            "required for shards in an object store, which are fetched whole, a few at a time: "
+            "such as 16",
+        )
+    if data.shuffle_shards and data.transfer:
+        yield "shuffle_shards", "the images of data.transfer lie in a folder, not in shards"
+    if data.shuffle_shards and (data.mixup or data.cutmix):
+        yield (
+            "shuffle_shards",
+            "mixup and cutmix take an image's partner from the whole set: leave it out, or them",
+        )
+
+
 def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, str]]:
     """Keys that are right one by one and wrong together."""
     data, train, cache = recipe.data, recipe.train, recipe.cache
@@ -341,10 +371,9 @@ def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, st
         )
     if recipe.optimizer.warmup_epochs > train.epochs:
         yield (*at, "optimizer", "warmup_epochs"), f"longer than the run's {train.epochs} epochs"
-    if data.name != "digits" and data.root is None:
+    if data.name != "digits" and not data.name.startswith("hf/") and data.root is None:
         yield (*at, "data", "root"), f"required for {data.name}"
-    if data.split_file and data.name != "folder":
-        yield (*at, "data", "split_file"), "only a folder of images has one"
+    yield from (((*at, "data", key), what) for key, what in _contradictions_of_data(data))
     if data.transfer and data.val:
         yield (
             (*at, "data", "val"),

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -224,6 +225,14 @@ def require_room(folder: Path, needed: int) -> None:
 def free_bytes(path: Path) -> int:
     """Free space on the disk that `path` lies on, or would lie on."""
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+
+
+def scratch(name: str) -> Path:
+    """A folder for what can be made or fetched again: of the user's, or else of the machine's."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    if not os.access(base if base.exists() else base.parent, os.W_OK):
+        base = Path(tempfile.gettempdir())
+    return base / "distill" / name
 
 
 def size(count: float) -> str:

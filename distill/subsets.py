@@ -22,7 +22,7 @@ Teaching = Literal["all", "same", "both"]  # the images that teachers are traine
 # them, and all. A size nearer to all would cost as much and tell little.
 LOWEST, LOWEST_CLASS, HIGHEST = 1 / 50, 10, 0.8
 # How images are shown in training; the other keys of a recipe's data say which they are.
-_AUGMENTED = ("augment", "mixup", "cutmix")
+_AUGMENTED = ("augment", "decoder", "mixup", "cutmix")
 _SHOWN = (*_AUGMENTED, "image_size", "eval_crop")
 
 

@@ -315,6 +315,7 @@ CHANGES = [
     "data.image_size=16",
     "data.eval_crop=0.9",
     "data.augment=[crop]",
+    "data.decoder=fast",
     "data.augment.1.probability=0.5",
     "data.mixup=0.1",
     "data.cutmix=0.1",
@@ -322,6 +323,7 @@ CHANGES = [
     "data.omit=['3']",
     "data.val=0.1",
     "data.on_bad_image=skip",
+    "data.shuffle_shards=2",
     "data.control=permuted-labels",
     "data.max_pixels=7",
     "data.seed=1",
@@ -358,6 +360,7 @@ CHANGES = [
     "train.batch_size=8",
     "train.precision=bf16",
     "train.ema=0.5",
+    "train.sync_batchnorm=true",
     "train.eval_epochs=2",
     "train.seed=2",
 ]
@@ -373,8 +376,11 @@ def test_the_digest_knows_everything_else(write: Callable[..., Path]) -> None:
         if "pretrained" in change and change.startswith("student"):
             more = ["student={model: timm/vit_tiny_patch16_224}"]
             digests.add(Recipe.load(path, [*base, *more]).digest())
+        if change == "data.shuffle_shards=2":
+            more = ["data.name=webdataset"]
+            digests.add(Recipe.load(path, [*base, *more]).digest())
         digests.add(Recipe.load(path, [*base, *more, change]).digest())
-    assert len(digests) == len(CHANGES) + 2
+    assert len(digests) == len(CHANGES) + 3
     places = {"root", "download", "split_file", "transfer"}
     for name, section in {"data": Data, "optimizer": Optimizer, "train": Train}.items():
         touched = {c.partition("=")[0].split(".")[1] for c in CHANGES if c.startswith(f"{name}.")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,7 +59,7 @@ class Reader:
         self.ids = _tensors(store, SAMPLES, manifest)["train"]
         self._row = np.full(int(self.ids[-1]) + 2, -1, np.int32)
         self._row[self.ids] = np.arange(len(self.ids), dtype=np.int32)
-        self._scratch = scratch or _default_scratch() / manifest.id[:16]
+        self._scratch = scratch or storage.scratch("views") / manifest.id[:16]
         self._pool = ThreadPoolExecutor(1)
         self._views: dict[int, Future[_View]] = {}
         self._reading = -1  # the view that was asked for last
@@ -304,10 +303,3 @@ def _checked(manifest: Manifest, unit: Unit, data: memoryview, origin: str) -> d
         found[column.name] = values.reshape(unit.rows, *column.shape)
         offset += size
     return found
-
-
-def _default_scratch() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    if not os.access(base if base.exists() else base.parent, os.W_OK):
-        base = Path(tempfile.gettempdir())
-    return base / "distill" / "views"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill import storage
-from distill.errors import PreflightError, RecipeError
+from distill import remote, storage
+from distill.errors import PreflightError
 from distill.recipe import Teacher
 
 ORPHAN_SECONDS = 3600.0  # after which a half-written file is nobody's: no unit takes an hour
@@ -100,23 +100,8 @@ class Bucket(Store):
     """A place in an object store that fsspec reaches, such as s3://bucket/folder."""
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
         self.origin = url
-        protocol = url.partition("://")[0]
-        try:
-            # Other writers are at work: what was listed a moment ago says nothing.
-            self._files, self._root = fsspec.core.url_to_fs(
-                url.rstrip("/"), use_listings_cache=False
-            )
-        except ImportError:
-            extra = {"s3": "s3", "gs": "gs", "gcs": "gs"}.get(protocol)
-            package = f'".[{extra}]"' if extra else f"the fsspec implementation of {protocol}"
-            raise PreflightError(
-                f"{url}: needs a package that is not installed", hint=f"pip install {package}"
-            ) from None
-        except ValueError as error:
-            raise RecipeError(f"{url}: {error}") from None
+        self._files, self._root = remote.open_files(url)
 
     def sizes(self) -> dict[str, int]:
         with self._refusals(""):
@@ -151,24 +136,13 @@ class Bucket(Store):
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    @contextmanager
-    def _refusals(self, name: str) -> Generator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise PreflightError(f"{self.origin}: no such place: {error}") from None
-        # Each object store's client has exceptions of its own, without a common parent.
-        except Exception as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise PreflightError(
-                f"{self.origin}/{name}: {text:.300}",
-                hint="mind the address, the credentials and the network, and run again",
-            ) from None
+    def _refusals(self, name: str) -> AbstractContextManager[None]:
+        return remote.refusals(self.origin, name)
 
 
 def open_store(place: str) -> Store:
     """The store at a folder's path, or at an address such as s3://bucket/folder."""
-    if "://" in place and not place.startswith("file://"):
+    if remote.is_remote(place):
         return Bucket(place)
     return Folder(Path(place.removeprefix("file://")).expanduser())
 

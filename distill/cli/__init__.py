@@ -16,6 +16,7 @@ from distill.cli.evaluate import evaluate
 from distill.cli.export import export
 from distill.cli.init import init
 from distill.cli.list import list_
+from distill.cli.pack import pack
 from distill.cli.rank_teachers import rank_teachers
 from distill.cli.sample_efficiency import sample_efficiency
 from distill.cli.teacher_cache import teacher_cache
@@ -38,6 +39,7 @@ app.command("evaluate")(evaluate)
 app.command("export")(export)
 app.command("check")(check)
 app.command("init")(init)
+app.command("pack")(pack)
 app.command("list")(list_)
 app.command("env")(env)
 

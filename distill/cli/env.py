@@ -24,6 +24,8 @@ PACKAGES = (
     "pillow", "pydantic",
 )  # fmt: skip
 EXTRAS = {  # optional, by the name of the extra; others are told of by what asks for them
+    "fast": ("simplejpeg",),
+    "hf": ("datasets",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "s3": ("s3fs",),
     "gs": ("gcsfs",),

@@ -47,6 +47,8 @@ DATASETS = {
     "cifar10": "60,000 photographs, 32 px, 10 classes",
     "cifar100": "60,000 photographs, 32 px, 100 classes",
     "folder": "your own images, one folder a class; `distill init FOLDER` writes the recipe",
+    "webdataset": "your own images in tar shards, as `distill pack` writes them",
+    "hf": "images of the Hugging Face hub: hf/OWNER/NAME; or a folder of parquet files, as root",
 }
 
 

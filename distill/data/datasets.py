@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +16,18 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from distill import component
-from distill.data import controls, folder, images, official, splits
+from distill.data import controls, encoded, folder, hub, images, official, splits, tars
+from distill.data.encoded import Encoded, Split, Stored
 from distill.data.official import Triple
 from distill.errors import IncompatibleError, PreflightError, RecipeError
 from distill.recipe import Data
+from distill.remote import is_remote
 
 T = TypeVar("T")
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-_FOLDER_SIZE = 224  # pixels; what most pretrained networks were trained at
+IMAGE_SIZE = 224  # pixels; what most pretrained networks were trained at
 _MEMORY = 2**30  # bytes of decoded images up to which a folder is kept in memory
 _LISTED = 10  # bad files that an error names
 
@@ -37,12 +39,12 @@ class Source:
     Attributes:
         labels: Class of every image; −1 where it is not known.
         pixels: The images, square and ready for evaluation; None if they stay in files.
-        files: One file an image; None if the pixels are in memory.
+        files: The images as they are stored; None for a published set.
     """
 
     labels: Int64[np.ndarray, " N"]
     pixels: UInt8[np.ndarray, "N H W C"] | None
-    files: tuple[Path, ...] | None
+    files: Encoded | None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,8 +66,8 @@ class Dataset:
         std: Standard deviation, likewise.
         max_pixels: An image file with more counts as bad.
         bad: Names of the training files that were left out because they are bad.
-        content: SHA-256 of the images: the pixels of a published set, or the names and sizes of a
-            folder's files; and of the control, where there is one.
+        content: SHA-256 of the images: the pixels of a published set, or the names and sizes of
+            stored images; and of the control, where there is one.
         fingerprint: SHA-256 of the name, the classes, the labels and the content.
     """
 
@@ -99,25 +101,58 @@ def load(data: Data) -> Dataset:
         PreflightError: If files are missing, misplaced or bad images.
         DamagedError: If a file of a published set is not in its format.
     """
-    try:
-        root = None if data.root is None else Path(data.root).expanduser().absolute()
-    except RuntimeError:  # no user of that name
-        raise RecipeError(f"data.root: {data.root}: no such home directory") from None
-    if data.name == "folder":
-        assert root is not None, "the recipe checks this"
-        dataset = _load_folder(data, root)
+    if (found := stored(data)) is not None:
+        dataset = _load_stored(data, found)
     else:
-        dataset = _load_official(data, official.read(data.name, root, download=data.download))
+        published = official.read(data.name, _root(data), download=data.download)
+        dataset = _load_official(data, published)
     if data.transfer is not None:
         dataset = _transferred(dataset, data, Path(data.transfer))
     return dataset if data.control is None else _controlled(dataset, data, data.control)
+
+
+def stored(data: Data) -> Stored | None:
+    """The images of the set as they are stored, whole; None for a published set.
+
+    Raises:
+        PreflightError: If files are missing or misplaced.
+        DamagedError: If a shard is altered or cut short.
+    """
+    labelled = data.transfer is None
+    if data.name.partition("/")[0] == "hf":
+        folder_of_it = _root(data)
+        place = None if folder_of_it is None else str(folder_of_it)
+        return hub.load(data.name, place, download=data.download, labelled=labelled)
+    if data.name not in ("folder", "webdataset"):
+        return None
+    if data.root is not None and is_remote(data.root):
+        return tars.load(data.root, labelled=labelled, mixed=data.shuffle_shards)
+    root = _root(data)
+    assert root is not None, "the recipe checks this"
+    if data.name == "webdataset":
+        return tars.load(str(root), labelled=labelled)
+    found = folder.scan(root, data.split_file, labelled=labelled)
+    train, test = (_of_files(images, found.classes) for images in (found.train, found.test))
+    return Stored(str(root), found.classes, train, test)
+
+
+def content(found: Stored) -> str:
+    """SHA-256 of what tells these images from others."""
+    return _sha256(part for split in (found.train, found.test) for part in (*split.content, "\0"))
+
+
+def _root(data: Data) -> Path | None:
+    try:
+        return None if data.root is None else Path(data.root).expanduser().absolute()
+    except RuntimeError:  # no user of that name
+        raise RecipeError(f"data.root: {data.root}: no such home directory") from None
 
 
 def _load_official(data: Data, published: official.Official) -> Dataset:
     train, test = published.train, published.test
     size = data.image_size or train.pixels.shape[1]
     train_ids, val_ids = _ids(data, train.labels, published.classes)
-    content = _sha256(
+    of_pixels = _sha256(
         part for split in (train, test) for part in (str(split.pixels.shape), split.pixels.data)
     )
     return Dataset(
@@ -132,29 +167,30 @@ def _load_official(data: Data, published: official.Official) -> Dataset:
         std=published.std,
         max_pixels=data.max_pixels,
         bad=(),
-        content=content,
-        fingerprint=_fingerprint(data.name, published.classes, [train, test], content),
+        content=of_pixels,
+        fingerprint=_fingerprint(data.name, published.classes, [train, test], of_pixels),
     )
 
 
-def _load_folder(data: Data, root: Path) -> Dataset:
-    labelled = data.transfer is None
-    found = folder.scan(root, data.split_file, labelled=labelled)
-    size = data.image_size or _FOLDER_SIZE
-    in_memory = _in_memory(data, len(found.train) + len(found.test), size)
-    train, bad_train = _open(root, found.train, found.classes, data, in_memory)
-    test, bad_test = _open(root, found.test, found.classes, data, in_memory)
-    _refuse_bad(root, data, bad_train, bad_test)
+def _of_files(files: folder.Images, classes: Sequence[str]) -> Split:
+    # No file name contains NUL.
+    parts = (f"{entry.name}\0{entry.size}\0" for entry in files)
+    return Split(files, files.classes(classes), parts)
+
+
+def _load_stored(data: Data, found: Stored) -> Dataset:
+    size = data.image_size or IMAGE_SIZE
+    in_memory = _in_memory(data, len(found.train.files) + len(found.test.files), size)
+    train, bad_train = _open(found.train, data, in_memory)
+    test, bad_test = _open(found.test, data, in_memory)
+    _refuse_bad(found.origin, data, bad_train, bad_test)
     train_ids, val_ids = _ids(data, train.labels, found.classes, bad_train)
-    used = set(train.labels[train_ids].tolist())
-    lost = [name for i, name in enumerate(found.classes) if i not in used]
-    if labelled and (lost := [name for name in lost if name not in data.omit]):
+    used = np.bincount(train.labels[train_ids], minlength=len(found.classes))
+    lost = [found.classes[i] for i in np.flatnonzero(used == 0)]
+    if data.transfer is None and (lost := [name for name in lost if name not in data.omit]):
         names = ", ".join(map(repr, lost))
-        raise PreflightError(f"{root}: classes without a usable training image: {names}")
-    content = _sha256(  # no file name contains NUL
-        "".join(f"{entry.name}\0{entry.size}\0" for entry in entries) + "\0"
-        for entries in (found.train, found.test)
-    )
+        raise PreflightError(f"{found.origin}: classes without a usable training image: {names}")
+    of_images = content(found)
     return Dataset(
         name=data.name,
         classes=found.classes,
@@ -166,36 +202,35 @@ def _load_folder(data: Data, root: Path) -> Dataset:
         mean=_IMAGENET_MEAN,
         std=_IMAGENET_STD,
         max_pixels=data.max_pixels,
-        bad=tuple(found.train[i].name for i in bad_train),
-        content=content,
-        fingerprint=_fingerprint(data.name, found.classes, [train, test], content),
+        bad=tuple(found.train.files.name(i) for i in bad_train),
+        content=of_images,
+        fingerprint=_fingerprint(data.name, found.classes, [train, test], of_images),
     )
 
 
 def _transferred(dataset: Dataset, data: Data, root: Path) -> Dataset:
     """The data set with the images below `root`, which have no labels, for its training split."""
     root = root.expanduser().absolute()
-    found, size = folder.unlabelled(root), dataset.image_size
-    train, bad = _open(root, found, (), data, _in_memory(data, len(found), size))
-    _refuse_bad(root, data, bad, {})
+    found, size = _of_files(folder.unlabelled(root), ()), dataset.image_size
+    train, bad = _open(found, data, _in_memory(data, len(found.files), size))
+    _refuse_bad(str(root), data, bad, {})
     ids = splits.subset(np.arange(len(train)), train.labels, data.fraction, data.seed)
-    names = "".join(f"{entry.name}\0{entry.size}\0" for entry in found)
-    content = _sha256([dataset.content, names])
+    both = _sha256([dataset.content, *found.content])
     return replace(
         dataset,
         train=train,
         train_ids=np.setdiff1d(ids, np.array(list(bad), np.int64)),
         val_ids=np.arange(0),
-        bad=tuple(found[i].name for i in bad),
-        content=content,
-        fingerprint=_sha256([dataset.fingerprint, content]),
+        bad=tuple(found.files.name(i) for i in bad),
+        content=both,
+        fingerprint=_sha256([dataset.fingerprint, both]),
     )
 
 
 def _controlled(dataset: Dataset, data: Data, control: str) -> Dataset:
     """The data set without what the control takes away; to whoever compares, another one."""
-    content = _sha256([dataset.content, control, str(data.seed)])
-    dataset = replace(dataset, content=content, fingerprint=_sha256([dataset.fingerprint, content]))
+    both = _sha256([dataset.content, control, str(data.seed)])
+    dataset = replace(dataset, content=both, fingerprint=_sha256([dataset.fingerprint, both]))
     if control == "permuted-labels":
         labels = controls.permuted_labels(dataset.train.labels, dataset.train_ids, seed=data.seed)
         return replace(dataset, train=replace(dataset.train, labels=labels))
@@ -222,7 +257,7 @@ def _in_memory(data: Data, images: int, size: int) -> int | None:
 def _fingerprint(
     name: str, classes: tuple[str, ...], splits: Sequence[Source | official.Split], content: str
 ) -> str:
-    parts = (split.labels.astype("<i8").tobytes() for split in splits)
+    parts = (np.ascontiguousarray(split.labels, "<i8").data for split in splits)
     return _sha256([json.dumps([name, classes]), *parts, content])
 
 
@@ -250,12 +285,15 @@ def _ids(
             raise IncompatibleError(f"data.omit: the data has no class {name!r}{known}")
     train, val = splits.held_out(labels, data.val, data.seed)
     train = splits.subset(train, labels, data.fraction, data.seed)
-    omitted = [i for i, name in enumerate(classes) if name in data.omit]
-    train = train[~np.isin(labels[train], omitted)]
-    if data.omit and not len(train):
-        raise IncompatibleError("data.omit: leaves no image to train on")
-    bad_ids = np.array(list(bad), np.int64)
-    return np.setdiff1d(train, bad_ids), np.setdiff1d(val, bad_ids)
+    if data.omit:
+        omitted = [i for i, name in enumerate(classes) if name in data.omit]
+        train = train[~np.isin(labels[train], omitted)]
+        if not len(train):
+            raise IncompatibleError("data.omit: leaves no image to train on")
+    if bad:
+        bad_ids = np.array(list(bad), np.int64)
+        train, val = np.setdiff1d(train, bad_ids), np.setdiff1d(val, bad_ids)
+    return train, val
 
 
 def _resized(
@@ -277,38 +315,38 @@ def _resized(
         image = Image.fromarray(pixels[i].squeeze(axis=-1) if channels == 1 else pixels[i])
         views[i] = images.evaluation_view(image, size=size, crop=crop).reshape(views[i].shape)
 
-    _parallel(resize, count)
+    for _ in _parallel(resize, count):
+        pass
     return views
 
 
-def _open(
-    root: Path, entries: list[folder.Entry], classes: tuple[str, ...], data: Data, size: int | None
-) -> tuple[Source, dict[int, str]]:
-    """A split of a folder, and what is wrong with its bad images by id.
+def _open(split: Split, data: Data, size: int | None) -> tuple[Source, dict[int, str]]:
+    """A split of stored images, and what is wrong with its bad images by id.
 
-    With a `size` every image is decoded into memory; without, only the headers are read.
+    With a `size` every image is decoded into memory; without, only headers are read.
     """
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number.get(entry.label, -1) for entry in entries], np.int64)
-    files = tuple(root / entry.name for entry in entries)
+    files, most = split.files, data.max_pixels
     pixels = None if size is None else np.zeros((len(files), size, size, 3), np.uint8)
+    suspects = files.suspects(most) if pixels is None else range(len(files))
 
     def fault(i: int) -> str | None:
+        number = int(suspects[i])
         try:
             if pixels is None or size is None:
-                images.check_header(files[i], max_pixels=data.max_pixels)
+                encoded.check_header(files, number, max_pixels=most)
             else:
-                image = images.decode(files[i], max_pixels=data.max_pixels)
-                pixels[i] = images.evaluation_view(image, size=size, crop=data.eval_crop)
+                image = encoded.decode(files, number, max_pixels=most)
+                pixels[number] = images.evaluation_view(image, size=size, crop=data.eval_crop)
         except images.BadImageError as error:
             return str(error)
         return None
 
-    faults = {i: what for i, what in enumerate(_parallel(fault, len(files))) if what is not None}
-    return Source(labels, pixels, files if pixels is None else None), faults
+    found = enumerate(_parallel(fault, len(suspects)))
+    faults = {int(suspects[i]): what for i, what in found if what is not None}
+    return Source(split.labels, pixels, files), faults
 
 
-def _refuse_bad(root: Path, data: Data, train: dict[int, str], test: dict[int, str]) -> None:
+def _refuse_bad(origin: str, data: Data, train: dict[int, str], test: dict[int, str]) -> None:
     """Raise one error that lists the bad images, unless they may be skipped."""
     skip = data.on_bad_image == "skip"
     bad = [*test.values(), *(() if skip else train.values())]
@@ -316,7 +354,7 @@ def _refuse_bad(root: Path, data: Data, train: dict[int, str], test: dict[int, s
         return
     more = [f"and {len(bad) - _LISTED:,} more"] if len(bad) > _LISTED else []
     lines = "\n  ".join(
-        [f"{root}: images that cannot be used: {len(bad):,}", *bad[:_LISTED], *more]
+        [f"{origin}: images that cannot be used: {len(bad):,}", *bad[:_LISTED], *more]
     )
     raise PreflightError(
         lines,
@@ -326,12 +364,13 @@ def _refuse_bad(root: Path, data: Data, train: dict[int, str], test: dict[int, s
     )
 
 
-def _parallel(job: Callable[[int], T], count: int) -> list[T]:
-    """`[job(0), ..., job(count - 1)]`, in threads: Pillow lets go of the interpreter lock."""
-    chunks = [range(start, min(start + 16, count)) for start in range(0, count, 16)]
+def _parallel(job: Callable[[int], T], count: int) -> Iterator[T]:
+    """`job(0), ..., job(count - 1)`, in threads: Pillow lets go of the interpreter lock."""
+    size = max(16, count // 1024)  # each chunk waits as an object of some kilobytes
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     pool = ThreadPoolExecutor()
     try:
-        done = pool.map(lambda chunk: [job(i) for i in chunk], chunks)
-        return [result for results in done for result in results]
+        for results in pool.map(lambda chunk: [job(i) for i in chunk], chunks):
+            yield from results
     finally:
         pool.shutdown(cancel_futures=True)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import csv
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int64
+from numpy import ndarray
+
+from distill.data.encoded import Ids
 from distill.errors import PreflightError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _LISTED = 10  # problems that an error names
 _LAYOUT = (
     "images lie in train/CLASS/ and test/CLASS/ (or val/CLASS/), "
@@ -27,12 +33,74 @@ class Entry(NamedTuple):
     size: int  # bytes
 
 
+class Images:
+    """Image files below a root, in order: an `Encoded` whose names are one string of bytes.
+
+    A million Python objects would take some 300 bytes each, in every process.
+
+    Attributes:
+        origin: The root.
+        labels: The class folders of the images, in the order in which they come first.
+
+    Args:
+        root: What names are relative to.
+        entries: The files.
+    """
+
+    def __init__(self, root: Path, entries: Iterable[Entry]) -> None:
+        names, ends, sizes, numbers = bytearray(), array("q"), array("q"), array("i")
+        labels: dict[str, int] = {}
+        for entry in entries:
+            names += os.fsencode(entry.name)
+            ends.append(len(names))
+            sizes.append(entry.size)
+            numbers.append(labels.setdefault(entry.label, len(labels)))
+        self.origin = str(root)
+        self.labels = tuple(labels)
+        self._names = names
+        self._ends, self._sizes = np.asarray(ends), np.asarray(sizes)
+        self._numbers = np.asarray(numbers)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> Entry:
+        label = self.labels[self._numbers[number]]
+        return Entry(self.name(number), label, int(self._sizes[number]))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self.__getitem__, range(len(self)))
+
+    def name(self, number: int) -> str:
+        """The name of a file below the root."""
+        start = self._ends[number - 1] if number else 0
+        return os.fsdecode(bytes(self._names[start : self._ends[number]]))
+
+    def read(self, number: int) -> Path:
+        """The file."""
+        return Path(self.origin, self.name(number))
+
+    def ahead(self, batches: Iterable[Ids]) -> Iterable[Ids]:
+        """The batches as they are: a file is there or not."""
+        return batches
+
+    def suspects(self, max_pixels: int) -> Sequence[int]:
+        """All: nothing is known of a file before it is opened."""
+        return range(len(self))
+
+    def classes(self, names: Sequence[str]) -> Int64[ndarray, " N"]:
+        """The class of every image as a position in `names`; −1 where it is not there."""
+        place = {name: i for i, name in enumerate(names)}
+        found: ndarray = np.array([place.get(label, -1) for label in self.labels], np.int64)
+        return np.asarray(found[self._numbers])
+
+
 class Folder(NamedTuple):
     """The classes, sorted, and the image files of both splits, sorted by name."""
 
     classes: tuple[str, ...]
-    train: list[Entry]
-    test: list[Entry]
+    train: Images
+    test: Images
 
 
 def scan(root: Path, split_file: str | None, *, labelled: bool = True) -> Folder:
@@ -57,15 +125,16 @@ def scan(root: Path, split_file: str | None, *, labelled: bool = True) -> Folder
         raise PreflightError(f"{root}: no such folder", hint="see data.root in the recipe")
     if split_file is not None:
         train, test = _split(root / split_file, entries(root, root))
+        train = train if labelled else Images(root, ())
     else:
-        train = entries(root / "train", root) if labelled else []
+        train = entries(root / "train", root) if labelled else Images(root, ())
         present = [name for name in ("test", "val", "validation") if (root / name).is_dir()]
         if not present:
             raise PreflightError(f"{root}: no test, val or validation folder", hint=_LAYOUT)
         test = entries(root / present[0], root)
-    train = train if labelled else []
-    classes = sorted({entry.label for entry in train or test}, key=os.fsencode)
-    unknown = Counter(entry.label for entry in test if entry.label not in set(classes))
+    classes = sorted((train or test).labels, key=os.fsencode)
+    lacking = set(test.labels) - set(classes)
+    unknown = Counter(entry.label for entry in test if entry.label in lacking) if lacking else {}
     if unknown:
         raise PreflightError(
             f"{root}: classes of the test split that the training split lacks: "
@@ -75,7 +144,7 @@ def scan(root: Path, split_file: str | None, *, labelled: bool = True) -> Folder
     return Folder(tuple(classes), train, test)
 
 
-def unlabelled(root: Path) -> list[Entry]:
+def unlabelled(root: Path) -> Images:
     """The image files anywhere below `root`, sorted by the bytes of their names, without classes.
 
     Raises:
@@ -83,44 +152,45 @@ def unlabelled(root: Path) -> list[Entry]:
     """
     if not root.is_dir():
         raise PreflightError(f"{root}: no such folder", hint="see data.transfer in the recipe")
-    found = [Entry(name.removeprefix("/"), "", size) for name, size in _files(root, "", set())]
+    files = _files(root, "", set())
+    found = Images(root, (Entry(name.removeprefix("/"), "", size) for name, size in files))
     if not found:
         raise PreflightError(
-            f"{root}: no image in it", hint=f"known are {' '.join(_SUFFIXES)}; see data.transfer"
+            f"{root}: no image in it", hint=f"known are {' '.join(SUFFIXES)}; see data.transfer"
         )
-    return sorted(found, key=lambda entry: os.fsencode(entry.name))
+    return found
 
 
-def entries(folder: Path, root: Path) -> list[Entry]:
+def entries(folder: Path, root: Path) -> Images:
     """The images of every class folder in `folder`, sorted by the bytes of their names."""
     if not folder.is_dir():
         raise PreflightError(f"{folder}: no such folder", hint=_LAYOUT)
     resolved = folder.resolve()
     above = {_identity(path) for path in (resolved, *resolved.parents)}
-    images: list[Entry] = []
-    empty = []
-    for label in sorted(item.name for item in _visible(folder) if _is_folder(item)):
-        path = folder / label
-        _check_class_name(path)
-        prefix = path.relative_to(root).as_posix()
-        found = [Entry(name, label, size) for name, size in _files(path, prefix, above)]
-        images += found
-        if not found:
-            empty.append(repr(label))
+    labels = [item.name for item in _visible(folder) if _is_folder(item)]
+
+    def of_all_classes() -> Iterator[Entry]:
+        for label in labels:
+            path = folder / label
+            _check_class_name(path)
+            for name, size in _files(path, path.relative_to(root).as_posix(), above):
+                yield Entry(name, label, size)
+
+    images = Images(root, of_all_classes())
     if not images:
         raise PreflightError(f"{folder}: no class folder with an image in it", hint=_LAYOUT)
-    if empty:
+    if empty := [repr(label) for label in labels if label not in set(images.labels)]:
         raise PreflightError(
             f"{folder}: class folders without an image: {_listing(empty)}",
-            hint=f"remove them, or put images there ({' '.join(_SUFFIXES)})",
+            hint=f"remove them, or put images there ({' '.join(SUFFIXES)})",
         )
-    return sorted(images, key=lambda entry: os.fsencode(entry.name))
+    return images
 
 
 def _files(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
     """Name and size of the image files in `folder` and below, the names starting with `prefix`.
 
-    A link to a folder above itself is not followed.
+    They come sorted by the bytes of their names. A link to a folder above itself is not followed.
     """
     identity = _identity(folder)
     if identity in above:
@@ -129,16 +199,18 @@ def _files(folder: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[t
         name = f"{prefix}/{item.name}"
         if _is_folder(item):
             yield from _files(folder / item.name, name, above | {identity})
-        elif item.name.lower().endswith(_SUFFIXES):
+        elif item.name.lower().endswith(SUFFIXES):
             yield name, _size(item)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, in the order of the names of all files below it."""
     try:
         with os.scandir(folder) as items:
-            return [i for i in items if not i.name.startswith(".") and i.name != "__MACOSX"]
+            found = [i for i in items if not i.name.startswith(".") and i.name != "__MACOSX"]
     except OSError as error:
         raise PreflightError(f"{folder}: {error.strerror}") from None
+    return sorted(found, key=lambda i: os.fsencode(i.name + "/" if _is_folder(i) else i.name))
 
 
 def _is_folder(item: os.DirEntry[str]) -> bool:
@@ -168,25 +240,27 @@ def _check_class_name(folder: Path) -> None:
         raise PreflightError(f"{str(folder)!r}: the name of a class must be UTF-8") from None
 
 
-def _split(path: Path, entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """The entries that a split file gives to train and to test; others belong to neither."""
-    by_name = {entry.name: entry for entry in entries}
+def _split(path: Path, images: Images) -> tuple[Images, Images]:
+    """The images that a split file gives to train and to test; others belong to neither."""
+    known = {entry.name for entry in images}
     chosen: dict[str, str] = {}
     problems = []
     for line, name, split in _rows(path):
         if split not in ("train", "test"):
             problems.append(f"line {line}: split must be train or test, got {split!r}")
-        elif name not in by_name:
+        elif name not in known:
             problems.append(f"line {line}: no image {name!r} in a class folder")
         elif chosen.setdefault(name, split) != split:
             problems.append(f"line {line}: {name!r} is in both splits")
     if problems:
         raise PreflightError(f"{path}: {_listing(problems)}")
     splits = {
-        which: [by_name[name] for name in by_name if chosen.get(name) == which]
+        which: Images(
+            Path(images.origin), (entry for entry in images if chosen.get(entry.name) == which)
+        )
         for which in ("train", "test")
     }
-    if empty := [which for which, chosen_entries in splits.items() if not chosen_entries]:
+    if empty := [which for which, found in splits.items() if not found]:
         raise PreflightError(f"{path}: no image for {' and '.join(empty)}")
     return splits["train"], splits["test"]
 

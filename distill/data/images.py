@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from distill.data import jpeg
+from distill.data.jpeg import Box
 from distill.errors import PreflightError
 
 # How a file becomes pixels. What was computed from them belongs to one version: raise it with any
@@ -26,31 +29,73 @@ class BadImageError(PreflightError):
     """The file can be read, but it holds no image that can be used."""
 
 
-def decode(path: Path, *, max_pixels: int) -> Image.Image:
-    """The image in `path` as upright RGB with 8 bits a channel.
+def decode(source: Path | bytes, *, max_pixels: int, name: str = "") -> Image.Image:
+    """The image in a file as upright RGB with 8 bits a channel.
 
     EXIF orientation is applied, transparency lies on white, an animation gives its first frame,
     16-bit gray is divided by 257. The format is told from the content, not from the name.
 
     Args:
-        path: A JPEG, PNG, WebP, BMP, GIF, TIFF or PNM file.
+        source: A JPEG, PNG, WebP, BMP, GIF, TIFF or PNM file, or the bytes of one.
         max_pixels: An image of more pixels is refused by its header, before it is decoded.
+        name: What errors call it, where it is bytes.
 
     Raises:
         BadImageError: If it is no image, cut short, damaged, too large, or has no known range.
         PreflightError: If the file cannot be read.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(source, max_pixels, name) as image:
         image.load()
         with suppress(Exception):  # the pixels are sound; EXIF that cannot be read turns nothing
             ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
 
 
-def check_header(path: Path, *, max_pixels: int) -> None:
-    """Raise as `decode` would, as far as the first bytes of the file tell."""
-    with _opened(path, max_pixels):
-        pass
+def part(
+    source: Path | bytes,
+    choose: Callable[[int, int], Box],
+    *,
+    max_pixels: int,
+    name: str = "",
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A box of the image that `decode` gives; no more is decoded than is needed.
+
+    Args:
+        source: As `decode` takes it.
+        choose: Called with the image's width and height.
+        max_pixels: As `decode` takes it.
+        name: What errors call it, where it is bytes.
+
+    Raises:
+        BadImageError: As `decode` does, but for damage outside of the box, which may go unseen.
+        PreflightError: If the file cannot be read.
+    """
+    header = jpeg.parse(stored(source))
+    if header and header.width * header.height <= max_pixels:
+        found = jpeg.pixels(header, choose(header.width, header.height))
+        if found is not None:
+            return found
+    return cropped(decode(source, max_pixels=max_pixels, name=name), choose)
+
+
+def stored(source: Path | bytes) -> bytes:
+    """The bytes of an image; none where they cannot be read, and `decode` says what is wrong."""
+    if isinstance(source, bytes):
+        return source
+    with suppress(OSError):
+        return source.read_bytes() if source.is_file() else b""
+    return b""
+
+
+def cropped(image: Image.Image, choose: Callable[[int, int], Box]) -> UInt8[np.ndarray, "h w 3"]:
+    """A box of an image, chosen from its width and height."""
+    return np.array(image.crop(choose(*image.size)))
+
+
+def check_header(source: Path | bytes, *, max_pixels: int, name: str = "") -> tuple[int, int]:
+    """Width and height as stored; raises as `decode` would, as far as the first bytes tell."""
+    with _opened(source, max_pixels, name) as image:
+        return image.size
 
 
 def evaluation_view(
@@ -78,12 +123,14 @@ def evaluation_view(
 
 
 @contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(source: Path | bytes, max_pixels: int, name: str) -> Iterator[Image.Image]:
     """An image whose header was read; every way in which Pillow can fail becomes one error."""
-    if not path.is_file():  # a pipe would wait for a writer
+    path = name if isinstance(source, bytes) else str(source)
+    if isinstance(source, Path) and not source.is_file():  # a pipe would wait for a writer
         raise BadImageError(f"{path}: not a file")
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise BadImageError(
                     f"{path}: {image.width:,} x {image.height:,} pixels, "
@@ -93,7 +140,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     except (PreflightError, MemoryError):
         raise
     except UnidentifiedImageError:
-        what = "no image" if path.stat().st_size else "empty"
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        what = "no image" if size else "empty"
         raise BadImageError(f"{path}: {what}") from None
     except OSError as error:
         if error.errno is not None:  # the disk or the network failed, not the image
@@ -116,4 +164,4 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if mode == "RGB" else image.convert("RGB")

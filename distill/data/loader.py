@@ -16,7 +16,8 @@ from distill import recipe
 from distill.data import views
 from distill.data.augment._augmentation import to_device
 from distill.data.pixels import Views, to_float
-from distill.data.workers import Files
+from distill.data.tars import Tars
+from distill.data.workers import Decoder, Files
 from distill.errors import IncompatibleError
 from distill.types import Batch
 
@@ -100,16 +101,10 @@ class Loader:
             PreflightError: If a file is no usable image, or a worker was killed.
         """
         view = self.view(epoch)
-        order = views.epoch_order(
-            len(self._dataset.train_ids),
-            data_seed=self._data.seed,
-            train_seed=self._train_seed,
-            epoch=epoch,
-            view=view,
-        )
+        order = self._order(epoch, view)
         shape = (self.steps_per_epoch, self._world, self._rows)
         positions = order[: np.prod(shape)].reshape(shape)[start:, self._rank].ravel()
-        numbers = np.full(len(positions), view)
+        numbers = np.broadcast_to(view, len(positions))
         batches = self.views.batches(positions, numbers, batch_size=self._rows)
         if self._kept is None:
             yield from batches
@@ -122,6 +117,22 @@ class Loader:
     def close(self) -> None:
         """End the worker processes."""
         self.views.close()
+
+    def _order(self, epoch: int, view: int) -> Int[ndarray, " n"]:
+        """Positions in `train_ids` as an epoch reads them."""
+        ids, mixed = self._dataset.train_ids, self._data.shuffle_shards
+        if mixed is not None:
+            files = self._dataset.train.files
+            assert isinstance(files, Tars), "the recipe checks this"
+            ends = np.searchsorted(ids, files.ends)
+            return views.shard_order(ends, mixed=mixed, train_seed=self._train_seed, epoch=epoch)
+        return views.epoch_order(
+            len(ids),
+            data_seed=self._data.seed,
+            train_seed=self._train_seed,
+            epoch=epoch,
+            view=view,
+        )
 
     def _fetched(
         self, kept: Rows, positions: Int[ndarray, " n"], view: int
@@ -163,16 +174,15 @@ def evaluation_batches(
     batches = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
     batches = batches[rank::world]
     files = None
-    if source.files is not None:
-        files = Files(
+    if source.pixels is None:
+        assert source.files is not None
+        decoder = Decoder(
             source.files,
             size=dataset.image_size,
             crop=data.eval_crop,
-            cut=None,
             max_pixels=dataset.max_pixels,
-            device=device,
-            workers=workers,
         )
+        files = Files(source.files, decoder, device=device, workers=workers)
     try:
         none = map(np.zeros_like, batches)
         stored = files.batches(batches, none) if files else _stored(source, batches, device)

@@ -20,7 +20,8 @@ from distill.data.augment._canvas import Canvas
 from distill.data.augment.crop import Crop
 from distill.data.augment.flip import Flip
 from distill.data.augment.resized_crop import ResizedCrop
-from distill.data.workers import Files
+from distill.data.on_device import DeviceDecoder
+from distill.data.workers import Decoder, Files
 from distill.types import Batch
 
 if TYPE_CHECKING:
@@ -163,7 +164,9 @@ class Views:
         """All that some batches need beside their pixels, in one go."""
         ids = self._dataset.train_ids[positions]
         size = self._dataset.image_size
-        samples = {"ids": ids, "labels": self._dataset.train.labels[ids, None], "views": numbers}
+        labels = self._dataset.train.labels[ids, None]
+        # A copy: it may be one number for all, which torch does not take.
+        samples = {"ids": ids, "labels": labels, "views": np.array(numbers)}
         plans = [
             to_device(stage.plan(ids, numbers, size=size), self._device)
             for stage in (*self._pixels.stages, *self._own)
@@ -284,12 +287,18 @@ class _Files:
         cuts = bool(stages) and isinstance(stages[0].augmentation, ResizedCrop)
         self.stages = stages[1:] if cuts else stages
         self._ids = dataset.train_ids
-        self._files = Files(
+        decoder = Decoder(
             dataset.train.files,
             size=dataset.image_size,
             crop=data.eval_crop,
             cut=stages[0] if cuts else None,
+            fast=data.decoder == "fast",
             max_pixels=dataset.max_pixels,
+        )
+        on_device = cuts and data.decoder == "gpu"
+        self._files = Files(
+            dataset.train.files,
+            DeviceDecoder(decoder, device) if on_device else decoder,
             device=device,
             workers=workers,
         )

@@ -32,9 +32,11 @@ def held_out(labels: Int[np.ndarray, " N"], val: float, seed: int) -> tuple[Ids,
     """
 
     def count(size: int) -> int:
-        return min(max(round(val * size), 1), size - 1) if val else 0
+        return min(max(round(val * size), 1), size - 1)
 
     ids = np.arange(len(labels))
+    if not val:
+        return ids, ids[:0]
     chosen = _first_of_each_class(ids, labels, hash64(seed, _HELD_OUT, ids), count)
     return ids[~chosen], ids[chosen]
 
@@ -58,6 +60,8 @@ def subset(ids: Ids, labels: Int[np.ndarray, " M"], fraction: float, seed: int) 
     def count(size: int) -> int:
         return max(round(fraction * size), 1)
 
+    if fraction == 1:
+        return ids
     kept = _first_of_each_class(ids, labels[ids], hash64(seed, _SUBSET, ids), count)
     return np.asarray(ids[kept])
 

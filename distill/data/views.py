@@ -15,7 +15,9 @@ from distill.data.hashing import hash64
 VERSION = 1
 
 # First parts of a hash, so that numbers drawn for one purpose are independent of all others.
-_UNIFORMS, _PAIRS, _EPOCH = 1, 2, 3
+_UNIFORMS, _PAIRS, _EPOCH, _SHARDS = 1, 2, 3, 4
+
+_CHUNK = 65_536  # samples whose places are found at once
 
 
 def uniform(
@@ -103,11 +105,45 @@ def epoch_order(
     Returns:
         Each of 0 … n−1 once.
     """
-    pairs = np.arange(n // 2)
-    shuffled = Permutation(len(pairs), int(hash64(train_seed, _EPOCH, epoch)))(pairs)
-    order = np.arange(n)
-    order[: 2 * len(pairs)] = (2 * shuffled[:, None] + np.arange(2)).ravel()
-    return _pairing(n, data_seed, view)(order)
+    pairs, order = n // 2, np.arange(n)
+    shuffle = Permutation(pairs, int(hash64(train_seed, _EPOCH, epoch)))
+    pairing = _pairing(n, data_seed, view)
+    for first in range(0, n, _CHUNK):  # each step of a permutation takes memory of its own
+        chunk = order[first : first + _CHUNK]
+        whole = chunk[: 2 * pairs - first]
+        whole[:] = 2 * shuffle(whole // 2) + whole % 2
+        chunk[:] = pairing(chunk)
+    return order
+
+
+def shard_order(
+    ends: Int[ndarray, " s"], *, mixed: int, train_seed: int, epoch: int
+) -> Int[ndarray, " n"]:
+    """The order in which an epoch reads samples that lie in shards, some shards at a time.
+
+    The epoch shuffles the shards, and takes them `mixed` at a time; the samples of these are
+    shuffled with each other.
+
+    Args:
+        ends: How many samples there are up to the end of every shard.
+        mixed: Shards that are read at a time.
+        train_seed: The recipe's `train.seed`.
+        epoch: Which pass over the samples.
+
+    Returns:
+        Each of 0 … n−1 once, where n is the last of `ends`.
+    """
+    key = int(hash64(train_seed, _SHARDS, epoch))
+    shards = Permutation(len(ends), key)(np.arange(len(ends)))
+    starts = np.concatenate([[0], ends[:-1]])
+    order, first = np.empty(int(ends[-1]), np.int64), 0
+    for group in range(0, len(shards), mixed):
+        these = shards[group : group + mixed]
+        samples = np.concatenate([np.arange(starts[i], ends[i]) for i in these])
+        shuffle = Permutation(len(samples), int(hash64(key, group)))
+        order[first : first + len(samples)] = samples[shuffle(np.arange(len(samples)))]
+        first += len(samples)
+    return order
 
 
 def partner(

@@ -5,63 +5,68 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from distill.data import images
+from distill.data import encoded, images
 from distill.data.augment import Stage
-from distill.data.augment.resized_crop import ResizedCrop
+from distill.data.augment.resized_crop import ResizedCrop, scaled
+from distill.data.encoded import Encoded
 from distill.errors import DistillError, PreflightError
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 _KEPT = 3  # decoded files: a sample and two partners, where its views are mixed
 
 
-class _Request(NamedTuple):
-    """A batch to decode. It names its files, so that workers need not hold a list of them all."""
+class Request(NamedTuple):
+    """A batch to decode."""
 
     ids: Int[ndarray, " b"]
     views: Int[ndarray, " b"]
-    files: list[Path]
+
+    def of(self, rows: Sequence[int]) -> Request:
+        """Some rows of it."""
+        which = np.array(rows, dtype=np.int64)
+        return Request(self.ids[which], self.views[which])
+
+
+class Decodes(Protocol):
+    """How a request becomes pixels: begun in a worker process, finished in the main one."""
+
+    def __call__(self, request: Request) -> Any: ...
+
+    def finish(self, made: Any, device: torch.device) -> UInt8[Tensor, "b 3 S S"]: ...
 
 
 class Files:
     """Batches of decoded files, in the order asked for, read ahead by `workers` processes.
 
     Args:
-        files: One file a sample.
-        size: Pixels of the sides of the result.
-        crop: Part of an image's shorter side that is kept where `cut` is None.
-        cut: The resized crop that is drawn for every sample, if there is one.
-        max_pixels: An image with more counts as bad.
+        files: One image a sample.
+        decoder: Decodes them.
         device: Where batches are delivered.
-        workers: Number of processes; 0 decodes in this one.
+        workers: Number of processes; 0 works in this one.
     """
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        *,
-        size: int,
-        crop: float,
-        cut: Stage | None,
-        max_pixels: int,
-        device: torch.device,
-        workers: int,
+        self, files: Encoded, decoder: Decodes, *, device: torch.device, workers: int
     ) -> None:
-        self._requests = _Requests(files)
+        self._files, self._decoder, self._requests = files, decoder, _Requests()
         self._device = device
-        self._batches: DataLoader[Tensor] | None = DataLoader(
-            _Decoder(size, crop, cut, max_pixels),
+        self._batches: DataLoader[Any] | None = DataLoader(
+            _Jobs(decoder),
             sampler=self._requests,
             batch_size=None,  # a request is a batch already
             collate_fn=_unchanged,
@@ -82,30 +87,79 @@ class Files:
         Raises:
             PreflightError: If a file is no usable image, or a worker was killed.
         """
-        self._requests.batches = zip(ids, views, strict=True)
+        self._requests.batches = zip(self._files.ahead(ids), views, strict=True)
         assert self._batches is not None, "closed"
-        batches = iter(self._batches)
-        try:
-            for pixels in batches:
-                if isinstance(pixels, DistillError):
-                    raise pixels
-                yield pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        except DistillError:
-            raise
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise _died(error) from None
-        except (OSError, EOFError) as error:  # the pipe that pixels were coming through broke
-            with suppress(RuntimeError):  # torch's own notice follows, from a signal's handler
-                time.sleep(1)
-            raise _died(error) from None
-        finally:
-            del batches  # or the traceback of an error would keep the workers running
+        for made in _delivered(self._batches):
+            yield self._decoder.finish(made, self._device)
 
     def close(self) -> None:
         """End the worker processes."""
         self._batches = None
+
+
+def in_processes(job: Callable[[A], T], tasks: Sequence[A], *, workers: int) -> Iterator[T]:
+    """The job's results for these tasks, in their order, made ahead by `workers` processes.
+
+    Args:
+        job: Can be pickled; so can what it gives.
+        tasks: What it is called with.
+        workers: Number of processes; 0 works in this one.
+
+    Raises:
+        PreflightError: If a worker was killed.
+        DistillError: What the job raises; any other error is a bug and comes as RuntimeError.
+    """
+    loader: DataLoader[T] = DataLoader(
+        _Jobs(job),
+        sampler=tasks,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=_stand_apart,
+        generator=torch.Generator(),
+    )
+    return _delivered(loader)
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class _Jobs(Dataset[T]):
+    """Calls a job; this is what a worker process holds."""
+
+    def __init__(self, job: Callable[[Any], T]) -> None:
+        self._job = job
+
+    def __getitem__(self, task: Any) -> T | DistillError:  # type: ignore[override]
+        try:
+            return self._job(task)
+        except DistillError as error:
+            return error  # as a value: torch would raise it with a traceback for a message
+
+
+def _delivered(loader: DataLoader[T]) -> Iterator[T]:
+    """What workers make, one after the other; what stopped them is raised."""
+    found = iter(loader)
+    try:
+        for one in found:
+            if isinstance(one, DistillError):
+                raise one
+            yield one
+    except DistillError:
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _died(error) from None
+    except (OSError, EOFError) as error:  # the pipe that results were coming through broke
+        with suppress(RuntimeError):  # torch's own notice follows, from a signal's handler
+            time.sleep(1)
+        raise _died(error) from None
+    finally:
+        del found  # or the traceback of an error would keep the workers running
 
 
 def _died(error: Exception) -> PreflightError:
@@ -115,42 +169,80 @@ def _died(error: Exception) -> PreflightError:
     )
 
 
-class _Requests(Sampler[_Request]):
+class _Requests(Sampler[Request]):
     """What the next pass over the files asks for."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
+    def __init__(self) -> None:
         self.batches: Iterable[tuple[Int[ndarray, " b"], Int[ndarray, " b"]]] = ()
 
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[Request]:
         for ids, views in self.batches:
-            yield _Request(ids, views, [self._files[number] for number in ids])
+            yield Request(ids, views)
 
 
-class _Decoder(Dataset[Tensor]):
-    """Turns a request into pixels; this is what a worker process holds."""
+class Decoder:
+    """Turns a request into pixels, in the worker process alone.
 
-    def __init__(self, size: int, crop: float, cut: Stage | None, max_pixels: int) -> None:
-        self._size, self._crop, self._cut, self._max_pixels = size, crop, cut, max_pixels
+    Args:
+        files: One image a sample.
+        size: Pixels of the sides of the result.
+        crop: Part of an image's shorter side that is kept where `cut` is None.
+        cut: The resized crop that is drawn for every sample, if there is one.
+        fast: Whether what is cut may have nearly the pixels of Pillow, in less time.
+        max_pixels: An image with more counts as bad.
+    """
 
-    def __getitem__(self, request: _Request) -> UInt8[Tensor, "b S S 3"] | DistillError:  # type: ignore[override]
-        pixels = np.empty((len(request.ids), self._size, self._size, 3), dtype=np.uint8)
-        try:
-            self._fill(pixels, request)
-        except DistillError as error:
-            return error  # as a value: torch would raise it with a traceback for a message
+    def __init__(
+        self,
+        files: Encoded,
+        *,
+        size: int,
+        crop: float,
+        cut: Stage | None = None,
+        fast: bool = False,
+        max_pixels: int,
+    ) -> None:
+        self.files, self.max_pixels = files, max_pixels
+        self.size, self._crop, self._cut, self._fast = size, crop, cut, fast
+
+    def __call__(self, request: Request) -> UInt8[Tensor, "b S S 3"]:
+        """The pixels of a batch."""
+        pixels = np.empty((len(request.ids), self.size, self.size, 3), dtype=np.uint8)
+        self._fill(pixels, request)
         return torch.from_numpy(pixels)
 
-    def _fill(self, pixels: UInt8[ndarray, "b S S 3"], request: _Request) -> None:
-        decode = lru_cache(_KEPT)(partial(images.decode, max_pixels=self._max_pixels))
+    def finish(
+        self, made: UInt8[Tensor, "b S S 3"], device: torch.device
+    ) -> UInt8[Tensor, "b 3 S S"]:
+        """The pixels on the device, in channels_last memory."""
+        return made.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+    def draws(self, request: Request) -> tuple[ResizedCrop, Float[ndarray, "b D"]]:
+        """The resized crop, and what is drawn for each of its rows."""
+        assert self._cut is not None
+        crop = self._cut.augmentation
+        assert isinstance(crop, ResizedCrop)
+        return crop, self._cut.uniforms(request.ids, request.views)
+
+    def _fill(self, pixels: UInt8[ndarray, "b S S 3"], request: Request) -> None:
+        decode = lru_cache(_KEPT)(partial(encoded.decode, self.files, max_pixels=self.max_pixels))
+        ids = request.ids.tolist()
         if self._cut is None:
-            for row, file in zip(pixels, request.files, strict=True):
-                row[:] = images.evaluation_view(decode(file), size=self._size, crop=self._crop)
+            for row, number in zip(pixels, ids, strict=True):
+                row[:] = images.evaluation_view(decode(number), size=self.size, crop=self._crop)
             return
-        assert isinstance(self._cut.augmentation, ResizedCrop)
-        draws = self._cut.uniforms(request.ids, request.views)
-        for row, file, drawn in zip(pixels, request.files, draws, strict=True):
-            row[:] = self._cut.augmentation.cut(decode(file), drawn, size=self._size)
+        again = Counter(ids)
+        crop, draws = self.draws(request)
+        for row, number, drawn in zip(pixels, ids, draws, strict=True):
+            if not self._fast:
+                row[:] = crop.cut(decode(number), drawn, size=self.size)
+                continue
+            choose = partial(crop.box, drawn)
+            if again[number] > 1:
+                part = images.cropped(decode(number), choose)
+            else:
+                part = encoded.part(self.files, number, choose, max_pixels=self.max_pixels)
+            row[:] = scaled(part, size=self.size)
 
 
 def _unchanged(batch: Any) -> Any:

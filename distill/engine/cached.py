@@ -51,6 +51,7 @@ def identity(recipe: Recipe, dataset: Dataset, network: Network | None) -> dict[
             "version": images.VERSION,
             "image_size": dataset.image_size,
             "eval_crop": data.eval_crop,
+            **({} if data.decoder == "exact" else {"decoder": data.decoder}),
         },
         "views": {
             "version": views.VERSION,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from collections.abc import Callable, Generator
@@ -20,8 +21,10 @@ from distill.errors import PreflightError
 from distill.objectives import apart_from_others
 from distill.types import Batch
 
-PART = 0.8  # of what is free, for what a step keeps; kernels' workspaces take from the rest
-_SIGNS = ("DefaultCPUAllocator", "ALLOC_FAILED")  # of want in what PyTorch and its libraries say
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+PART = 0.5  # of what is free, for what a step keeps; gradients of it and workspaces take the rest
+# Of want, in what PyTorch and its libraries say.
+_SIGNS = ("DefaultCPUAllocator", "could not create a primitive", "ALLOC_FAILED")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -39,6 +42,17 @@ def free_bytes(device: torch.device) -> int:
     except (OSError, ValueError):
         pass
     return max(min(free), 0)
+
+
+def keep_freed() -> None:
+    """Let the C library keep what PyTorch frees on a CPU, for the next step to use again.
+
+    glibc gives blocks of more than 32 MB back to the system, which zeroes the pages of every new
+    one: a third of the time of a ResNet-20's steps on 512 images, and no memory is won by it.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_THRESHOLD, 2**30)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int, UInt8
 
 from distill import console, storage
-from distill.data import folder, images
+from distill.data import encoded
 from distill.data.datasets import Source
 from distill.engine import machine
 from distill.engine.finished import Finished, Loader, require_finished
@@ -163,14 +163,12 @@ class Whole(NamedTuple):
 
 def _pictures(one: Finished, ids: Int[np.ndarray, " n"]) -> Whole:
     """Some of these test images whole; none where they are not files."""
-    data = one.recipe.data
+    files, most = one.dataset.test.files, one.dataset.max_pixels
     rows = evenly(len(ids), parity.FIRST)
-    if data.name != "folder":
+    if files is None:
         return Whole([], rows)
-    root = Path(str(data.root)).expanduser().absolute()
-    entries = folder.scan(root, data.split_file).test
-    files = [root / entries[i].name for i in ids[rows]]
-    return Whole([np.array(images.decode(f, max_pixels=data.max_pixels)) for f in files], rows)
+    pictures = [np.array(encoded.decode(files, i, max_pixels=most)) for i in ids[rows].tolist()]
+    return Whole(pictures, rows)
 
 
 def _versions(files: Sequence[dict[str, Any]]) -> dict[str, str]:

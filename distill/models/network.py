@@ -169,7 +169,8 @@ class Network(nn.Module):
     def _examine(self, image: Size | None = None) -> Examined:
         if self._examined is None or (image and image != self._examined.image):
             side = self.input_size or self.description.image_size
-            self._examined = examine(on_meta(self).backbone, image or (side, side))
+            alike = on_meta(self).float()  # weights may be kept in the precision of an autocast
+            self._examined = examine(alike.backbone, image or (side, side))
         return self._examined
 
     @property

@@ -138,7 +138,7 @@ def test_images_that_stay_in_their_files_keep_their_pixels(tmp_path: Path) -> No
     with pytest.raises(IncompatibleError, match=r"data.control: permuted-pixels needs") as error:
         load(**in_files, control="permuted-pixels")
     assert "resized_crop" in error.value.hint
-    assert load(**in_files, control="permuted-labels").train.files is not None
+    assert load(**in_files, control="permuted-labels").train.pixels is None
 
 
 def test_images_without_labels(tmp_path: Path) -> None:

@@ -279,3 +279,23 @@ def test_classes_that_are_left_out_are_trained_on_by_nobody() -> None:
         load(name="digits", omit=["thre"])
     with pytest.raises(IncompatibleError, match="leaves no image"):
         load(name="digits", omit=[str(i) for i in range(10)])
+
+
+def test_a_set_of_the_hub_without_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PreflightError, match="hf/a/b: needs a package") as error:
+        datasets.load(Data(name="hf/a/b"))
+    assert error.value.hint == 'pip install ".[hf]"'
+
+
+@pytest.mark.parametrize("name", ["hf/a/b", "hf/a-b/c.d", "hf/mnist", "hf/a/b/config"])
+def test_names_of_the_hub(name: str) -> None:
+    assert Data.model_validate({"name": name}).name == name
+
+
+@pytest.mark.parametrize("name", ["hf/", "hf/a/b/c/d", "hf//x", "hub/a/b", 7])
+def test_names_that_are_none(name: object) -> None:
+    with pytest.raises(ValueError, match="Input should be"):
+        Data.model_validate({"name": name})

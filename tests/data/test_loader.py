@@ -8,8 +8,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.data import augment, images, mixing, views
+from distill.data import augment, encoded, images, mixing, views
 from distill.data.datasets import Dataset, Source
+from distill.data.folder import Entry, Images
 from distill.data.loader import Loader, evaluation_batches
 from distill.errors import IncompatibleError, PreflightError
 from distill.recipe import Data
@@ -54,6 +56,12 @@ def in_memory(num: int = 131, size: int = 16, channels: int = 3) -> Dataset:
     return dataset(Source(generator.integers(0, 4, num), pixels, None), size)
 
 
+def in_folder(folder: Path, files: Sequence[Path]) -> Source:
+    """Pictures of one class that lie in `folder`."""
+    found = Images(folder, (Entry(path.name, "", 0) for path in files))
+    return Source(np.zeros(len(files), dtype=np.int64), None, found)
+
+
 @pytest.fixture(scope="module")
 def in_files(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """45 pictures of many shapes."""
@@ -65,7 +73,7 @@ def in_files(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         files.append(folder / f"{number}.{'jpg' if number % 2 else 'png'}")
         Image.fromarray(pixels).save(files[-1])
-    return dataset(Source(generator.integers(0, 4, 45), None, tuple(files)), 16)
+    return dataset(replace(in_folder(folder, files), labels=generator.integers(0, 4, 45)), 16)
 
 
 def data(**keys: Any) -> Data:
@@ -263,7 +271,7 @@ def test_evaluation_has_each_id_once(in_files: Dataset, world: int, workers: int
         ):  # fmt: skip
             assert labels.tolist() == in_files.test.labels[numbers.numpy()].tolist()
             for image, number in zip(pixels, numbers.tolist(), strict=True):
-                decoded = images.decode(in_files.test.files[number], max_pixels=10**6)
+                decoded = encoded.decode(in_files.test.files, number, max_pixels=10**6)
                 expected = images.evaluation_view(decoded, size=16, crop=0.8)
                 assert torch.equal(image, torch.tensor(expected).permute(2, 0, 1) / 255)
             mine.append(numbers.tolist())
@@ -294,7 +302,7 @@ def test_a_bad_file_is_the_error_that_names_it(tmp_path: Path, workers: int) -> 
     for file in files:
         Image.fromarray(pixels).save(file)
     files[5].write_bytes(files[5].read_bytes()[:600])
-    source = dataset(Source(np.zeros(8, dtype=np.int64), None, files), 16, left_out=0)
+    source = dataset(in_folder(tmp_path, files), 16, left_out=0)
     batches = loader(source, data(augment=["resized_crop"]), batch_size=2, workers=workers)
     with pytest.raises(PreflightError, match=r"5\.png") as caught:
         list(batches.epoch(0))
@@ -362,12 +370,10 @@ SCRIPT = """
     import numpy as np, torch
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from test_loader import data, dataset, loader
-    from distill.data.datasets import Source
+    from test_loader import data, dataset, in_folder, loader
 
     if __name__ == "__main__":
-        files = tuple(sorted(Path({folder!r}).iterdir()))
-        source = Source(np.zeros(len(files), dtype=np.int64), None, files)
+        source = in_folder(Path({folder!r}), sorted(Path({folder!r}).iterdir()))
         batches = loader(dataset(source, 16), data(), batch_size=8, workers=2)
         caught = []
         signal.signal(signal.SIGINT, lambda *_: caught.append(1))
@@ -387,7 +393,7 @@ def test_signals_to_the_group_leave_the_workers_to_the_main_process(
     in_files: Dataset, end: str
 ) -> None:
     assert in_files.train.files is not None
-    folder = str(in_files.train.files[0].parent)
+    folder = in_files.train.files.origin
     script = textwrap.dedent(SCRIPT).format(
         tests=str(Path(__file__).parent), folder=folder, end=end
     )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.data.views import Permutation, epoch_order, partner, uniform
+from distill.data.views import Permutation, epoch_order, partner, shard_order, uniform
 
 IDS = np.arange(4000)
 
@@ -109,3 +109,28 @@ def test_an_order_never_changes() -> None:
     """A run that was cut short goes on in the order that it began."""
     order = epoch_order(11, data_seed=0, train_seed=1, epoch=2, view=3)
     assert order.tolist() == [9, 4, 1, 8, 7, 6, 10, 3, 5, 0, 2]
+
+
+def test_an_order_by_shards_reads_every_sample_once_a_few_shards_at_a_time() -> None:
+    ends = np.array([3, 3, 10, 14, 15, 29, 40])
+    of = np.searchsorted(ends, np.arange(40), side="right")
+    seen = set()
+    for mixed in (1, 2, 3, 99):
+        for epoch in range(5):
+            order = shard_order(ends, mixed=mixed, train_seed=1, epoch=epoch)
+            assert sorted(order.tolist()) == list(range(40))
+            seen.add(tuple(order.tolist()))
+            shards = of[order]
+            first = {s: int(np.flatnonzero(shards == s)[0]) for s in set(shards.tolist())}
+            last = {s: int(np.flatnonzero(shards == s)[-1]) for s in set(shards.tolist())}
+            for place in range(40):
+                assert sum(first[s] <= place <= last[s] for s in first) <= mixed
+    assert len(seen) == 20
+    again = shard_order(ends, mixed=2, train_seed=1, epoch=3)
+    assert tuple(again.tolist()) in seen
+    assert tuple(shard_order(ends, mixed=2, train_seed=2, epoch=3).tolist()) not in seen
+
+
+def test_an_order_by_shards_never_changes() -> None:
+    order = shard_order(np.array([4, 7, 12]), mixed=2, train_seed=5, epoch=1)
+    assert order.tolist() == [11, 10, 9, 4, 7, 6, 5, 8, 2, 1, 3, 0]

@@ -272,6 +272,7 @@ CHANGES = {
     "data.fraction=0.25": "data.mixed",
     "data.val=0.2": "data.mixed",
     "data.eval_crop=0.9": "pixels.eval_crop",
+    "data.decoder=fast": "pixels.decoder",
     "data.image_size=16": "pixels.image_size",
     "cache.codec=fp16": "codec",
     "cache.precision=bf16": "precision",

@@ -66,9 +66,10 @@ def draw(
     first, found = (np.arange(len(tries)), fits.argmax(axis=1)), fits.any(axis=1)
     box_width = np.where(found, widths[first], min(width, np.rint(height * ratio[1])))
     box_height = np.where(found, heights[first], min(height, np.rint(width / ratio[0])))
-    room = np.stack((height - box_height, width - box_width))
-    top, left = np.where(found, uniforms[:, -2:].T * (room + 1), room // 2)
-    edges = np.stack((top, left, box_height, box_width)).astype(np.int64)
+    below, beside = height - box_height, width - box_width
+    top = np.where(found, uniforms[:, -2] * (below + 1), below // 2)
+    left = np.where(found, uniforms[:, -1] * (beside + 1), beside // 2)
+    edges = [edge.astype(np.int64) for edge in (top, left, box_height, box_width)]
     return Boxes(edges[0], edges[1], edges[2], edges[3], found)
 
 

@@ -11,10 +11,12 @@ from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from distill.component import Fraction, Positive
 from distill.data.augment import _boxes
 from distill.data.augment._augmentation import Augmentation, Plan
+from distill.data.jpeg import Box
 
 _BITS = 11  # of a weight: two weights and a pixel fill 30 bits
 
@@ -66,10 +68,26 @@ class ResizedCrop(Augmentation):
         self, image: Image.Image, uniforms: Float[ndarray, " D"], *, size: int
     ) -> UInt8[ndarray, "size size 3"]:
         """The box of an image of any size, scaled by Pillow, with antialias where it shrinks."""
-        plan = self.plan(uniforms[None], height=image.height, width=image.width)
-        top, left, height, width = (int(plan[key][0]) for key in ("top", "left", "height", "width"))
-        box = (left, top, left + width, top + height)
+        box = self.box(uniforms, image.width, image.height)
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+
+    def box(self, uniforms: Float[ndarray, " D"], width: int, height: int) -> Box:
+        """The box in an image of this size."""
+        plan = self.plan(uniforms[None], height=height, width=width)
+        top, left, rows, columns = (int(plan[key][0]) for key in ("top", "left", "height", "width"))
+        return Box(left, top, left + columns, top + rows)
+
+
+def scaled(pixels: UInt8[ndarray, "h w 3"], *, size: int) -> UInt8[ndarray, "size size 3"]:
+    """A cut box at full size, by torch, which takes a third of Pillow's time.
+
+    Antialias and rounding are nearly Pillow's, but Pillow also looks a little outside of the box.
+    """
+    # A batch's axis that comes first gets the stride by which torch knows channels_last.
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    found = functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    whole: ndarray = found[0].permute(1, 2, 0).numpy()
+    return whole
 
 
 def _stretch(
