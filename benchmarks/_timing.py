@@ -5,7 +5,6 @@ What is reported is printed, and kept for all.py where it asks for that.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -127,17 +126,6 @@ def _keep(entry: dict[str, Any]) -> None:
     if place := os.environ.get(KEPT):
         with Path(place).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def keep_memory() -> None:
-    """Let glibc keep what is freed, so that all variants find their memory in the same state.
-
-    Else it gives large blocks back to the system, and whether a variant pays for new ones, which
-    can be more than its work, depends on what ran before it.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def cpu_seconds() -> float:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _cache_runs import building, step, teacher1000
-from _timing import Work, compare, keep_memory, repeated, report, verdict
+from _timing import Work, compare, repeated, report, verdict
 from numpy import ndarray
 from safetensors.numpy import save as save_tensors
 from torch import Tensor
@@ -36,6 +36,7 @@ from distill.cache.read import Reader
 from distill.cache.store import Folder
 from distill.data import augment, mixing, views
 from distill.data.pixels import CHUNK
+from distill.engine.memory import keep_freed
 from distill.recipe import Augmentation
 from distill.teacher import unpack
 
@@ -205,7 +206,7 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: parts are {', '.join(parts)}")
     chosen = options.parts or parts[:-1]
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed()
     if "reading" in chosen:
         reading(options.rounds)
     if "views" in chosen:

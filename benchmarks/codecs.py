@@ -22,13 +22,13 @@ from pathlib import Path
 import efficientnet
 import numpy as np
 import torch
-from _timing import keep_memory
 from torch import Tensor
 
 from distill.cache import codec as codecs
 from distill.cache import layout
 from distill.data import datasets
 from distill.data.pixels import Views
+from distill.engine.memory import keep_freed
 from distill.recipe import Augmentation, Data
 from distill.types import Batch
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--student", choices=sorted(efficientnet.SIZES), default="lite1")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed()
     names = (options.teacher, options.student)
     teacher, student = answers(options.augment, options.views, names)
     print(

@@ -27,7 +27,7 @@ from pathlib import Path
 import efficientnet
 import numpy as np
 import torch
-from _timing import Work, compare, keep_memory, report, verdict
+from _timing import Work, compare, report, verdict
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
@@ -39,6 +39,7 @@ from distill.data.augment.resized_crop import ResizedCrop, scaled
 from distill.data.loader import Loader
 from distill.data.pixels import to_float
 from distill.engine.canaries import divergences
+from distill.engine.memory import keep_freed
 from distill.recipe import Data
 
 COUNT, SIZE, BATCH, VIEWS = 64, 224, 32, 200
@@ -201,7 +202,7 @@ def show_difference() -> None:
 def main(rounds: int) -> None:
     """Print both tables, the goals and the difference."""
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed()
     files = ordinary()
     pack = packed(files)
     sizes = " and ".join(f"{sum(map(len, each)) / COUNT / 1e3:.0f} KB" for each in (files, pack))

@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from _timing import Work, compare, inverse, keep_memory, report
+from _timing import Work, compare, inverse, report
 
 from distill import component, models, objectives
 from distill.engine import optim
+from distill.engine.memory import keep_freed
 from distill.engine.step import Distiller, train_step
 from distill.models.network import Network
 from distill.recipe import Model, Optimizer, TermSpec
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed()
     names = ["kd", *(name for name in options.terms if name != "kd")]
     rows = compare({name: step(name) for name in names}, rounds=options.rounds)
     report("time of a step, as a ratio to that with kd", inverse(rows), unit="steps")
