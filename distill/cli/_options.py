@@ -28,6 +28,10 @@ CudaGraph = Annotated[
         help="Launch a step as one CUDA graph where a GPU would wait for its kernels.",
     ),
 ]
+ShardWeights = Annotated[
+    bool,
+    Option("--shard-weights", help="Cut models that fit on no device in parts, one a process."),
+]
 CheckpointSeconds = Annotated[float, Option(min=0, help="Seconds between two checkpoints.")]
 DataRoot = Annotated[
     Path | None,

@@ -18,6 +18,7 @@ from distill.cli._options import (
     DeviceBatchSize,
     Overrides,
     RecipeFile,
+    ShardWeights,
     Workers,
 )
 from distill.cli._report import print_json, reporting
@@ -51,6 +52,7 @@ def train(
     device_batch_size: DeviceBatchSize = None,
     compile: Compile = False,
     cuda_graph: CudaGraph = True,
+    shard_weights: ShardWeights = False,
     checkpoint_seconds: CheckpointSeconds = 300.0,
     as_json: AsJson = False,
 ) -> None:
@@ -79,6 +81,7 @@ def train(
             device_batch_size=device_batch_size,
             compile=compile,
             cuda_graph=cuda_graph,
+            shard_weights=shard_weights,
             checkpoint_seconds=checkpoint_seconds,
         )
         if console.err.quiet:  # another process prints the result

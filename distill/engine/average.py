@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Average:
@@ -39,4 +40,5 @@ class Average:
 
 
 def _state(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
+    own = [*network.parameters(), *network.buffers()]
+    return [x.to_local() if isinstance(x, DTensor) else x for x in own]  # of a model in parts

@@ -7,7 +7,7 @@ from typing import Any
 
 from distill import console, evaluate, storage
 from distill.data import datasets
-from distill.engine import machine, memory
+from distill.engine import machine, memory, parallel
 from distill.engine.cached import Tutor
 from distill.engine.machine import Machine
 from distill.engine.networks import trained
@@ -24,7 +24,7 @@ def _slow_data(data_wait: float, session: Session, here: Machine) -> list[str]:
     """What to do where the device waited for images."""
     if data_wait < DATA_WAIT or session.dataset.train.pixels is not None:
         return []
-    idle = machine.cores() // here.world - 1 - here.workers
+    idle = machine.own_cores() - 1 - here.workers
     helps = [f"--workers {here.workers + idle}"] if idle > 0 else []
     helps.append("`distill pack`, whose small images decode several times as fast")
     said = (
@@ -66,6 +66,7 @@ def finish(
     if len(dataset.val_ids):
         held_out = answers(student, "val", recipe, dataset, here)
         values["val_top1"] = evaluate.scores(held_out).top1
+    student = parallel.joined(student, here)
     images = counter.step * recipe.train.batch_size
     data_wait = round(counter.waited / max(counter.seconds, 1e-9), 4)
     result = Result(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill import console, evaluate, schedule, storage
-from distill.engine import checkpoint, memory, optim
+from distill.engine import checkpoint, memory, optim, parallel
 from distill.engine.ahead import Ahead, Lanes
 from distill.engine.capture import Quickest, Told
 from distill.engine.checkpoint import Checkpoint
@@ -135,7 +135,11 @@ class Training:
         session, run = self.session, self.run
         self._monitor.require_finite(self.step)
         state, others = optim.state_tensors(session.optimizer)
-        tensors = {"model": session.distiller.state_dict(), "optimizer": state}
+        here = self.here
+        tensors = {
+            "model": parallel.whole(session.distiller.state_dict(), here),
+            "optimizer": parallel.whole(state, here),
+        }
         values = {
             "optimizer": others,
             "monitor": self._monitor.state(),
@@ -144,12 +148,13 @@ class Training:
             "warnings": self.warnings,
         }
         if session.average is not None:
-            tensors["ema"] = session.average.network.state_dict()
+            tensors["ema"] = parallel.whole(session.average.network.state_dict(), here)
         if session.scaler is not None:
             values["scaler"] = session.scaler.state_dict()
-        checkpoint.save(
-            run.checkpoints, Checkpoint(self.step, tensors, values), identity=session.identity
-        )
+        if here.main:
+            checkpoint.save(
+                run.checkpoints, Checkpoint(self.step, tensors, values), identity=session.identity
+            )
 
     def _resume(self) -> Counter:
         """Put the newest checkpoint back, or begin."""
@@ -159,10 +164,11 @@ class Training:
             if self.here.main:
                 storage.write(run.metrics, b"")
             return Counter(0, 0.0, 0.0, [])
-        session.distiller.load_state_dict(found.tensors["model"])
-        optim.load_state(session.optimizer, found.tensors["optimizer"], found.values["optimizer"])
+        parallel.load(session.distiller, found.tensors["model"])
+        state = parallel.parts(found.tensors["optimizer"], session.optimizer)
+        optim.load_state(session.optimizer, state, found.values["optimizer"])
         if session.average is not None:
-            session.average.network.load_state_dict(found.tensors["ema"])
+            parallel.load(session.average.network, found.tensors["ema"])
         if session.scaler is not None:
             session.scaler.load_state_dict(found.values["scaler"])
         self._monitor.load(found.values["monitor"])
@@ -198,6 +204,8 @@ class Training:
         session, device, asked = self.session, self.here.device, self._micro_batches
         if session.filler is not None:  # it would keep what is heard in a rehearsal
             return asked
+        if self.here.shards or (self.here.world > 1 and self.recipe.train.sync_batchnorm):
+            return asked  # a process whose pass fails would leave the others waiting in theirs
         add = functools.partial(
             add_gradients,
             session.distiller,
@@ -359,16 +367,20 @@ def fit(
                 display.losses([training.losses for training in alive])
             stopped = stop.agreed(here) if row or here.world == 1 else None
             due = now - saved > here.checkpoint_seconds
-            if here.main and (due or stopped or step == total):
+            if parallel.saves(due, bool(stopped) or step == total, here, agreed=row):
                 for training in list(alive):
                     attempt(training, training.save)
                 saved = time.monotonic()
             if stopped and step < total:
-                raise Stopped(
-                    f"{path}: stopped by {signal.Signals(stopped).name} after step {step} of "
-                    f"{total}, and saved",
-                    hint="the same command goes on from there",
-                    signum=stopped,
-                )
+                here.accelerator.wait_for_everyone()  # launchers end those whose peers have ended
+                raise _stopped(stopped, f"after step {step} of {total}", path)
             if not alive:
                 break
+
+
+def _stopped(signum: int, when: str, path: Path) -> Stopped:
+    return Stopped(
+        f"{path}: stopped by {signal.Signals(signum).name} {when}, and saved",
+        hint="the same command goes on from there",
+        signum=signum,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import os
 import platform
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 
 from distill import console
-from distill.errors import IncompatibleError
+from distill.engine import launch, memory
+from distill.errors import IncompatibleError, PreflightError
 
 # Images that a network answers at once. On a CPU larger ones fall out of its caches: 224 px run
 # 1.7 times slower in batches of 128.
@@ -38,12 +40,18 @@ class Machine(NamedTuple):
     device_batch_size: int | None  # most images at once on a device; None is all of its share
     compile: bool
     cuda_graph: bool  # whether a step may be launched as one
+    shard_weights: bool  # whether a process holds a part of them only, where there are several
     checkpoint_seconds: float
 
     @property
     def main(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
+
+    @property
+    def shards(self) -> bool:
+        """Whether models lie in parts on the processes."""
+        return self.shard_weights and self.world > 1
 
     def micro_batches(self, batch_size: int) -> int:
         """Pieces of this process's share of a global batch, so that none exceeds the device's.
@@ -70,19 +78,37 @@ def setup(
     device_batch_size: int | None = None,
     compile: bool = False,
     cuda_graph: bool = True,
+    shard_weights: bool = False,
     checkpoint_seconds: float = 300.0,
 ) -> Machine:
-    """Join the process group, if there is one, and choose this process's device."""
-    # Precision is the engine's own autocast: Accelerate's would wrap every forward pass.
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    """Join the process group, if there is one, and choose this process's device.
+
+    The group ends with the process, however that ends.
+
+    Raises:
+        PreflightError: If the processes of the group do not find each other.
+    """
+    launch.adopt()
+    try:
+        # Precision is the engine's own autocast: Accelerate's would wrap every forward pass.
+        accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        )
+    except dist.DistError as error:
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise PreflightError(
+            f"the processes of this run do not find each other at {meeting}: "
+            f"{str(error).splitlines()[0]}",
+            hint="is one of them missing, or the port taken? MASTER_ADDR and MASTER_PORT name "
+            "another place",
+        ) from error
+    if accelerator.num_processes > 1:
+        atexit.register(launch.leave, accelerator.device)
     console.err.quiet = not accelerator.is_main_process
     here = cores()
     if workers is None:
-        workers = max(1, min(8, here // max(1, accelerator.num_processes) - 1))
+        workers = max(1, min(8, own_cores() - 1))
     crowded = os.getloadavg()[0] > here / 2 and torch.get_num_threads() > 1
     if accelerator.device.type == "cpu" and crowded:
         console.warn(
@@ -90,6 +116,8 @@ def setup(
             "wait for each other can make training several times slower; try OMP_NUM_THREADS=1 or "
             "OMP_WAIT_POLICY=PASSIVE"
         )
+    if accelerator.device.type == "cpu":
+        memory.keep_freed()
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     return Machine(
@@ -101,6 +129,7 @@ def setup(
         device_batch_size=device_batch_size,
         compile=compile,
         cuda_graph=cuda_graph,
+        shard_weights=shard_weights,
         checkpoint_seconds=checkpoint_seconds,
     )
 
@@ -110,6 +139,14 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def own_cores() -> int:
+    """Of these, this process's share, where others of its run are on the machine."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if "SLURM_STEP_NUM_TASKS" in os.environ and given.isdecimal():
+        return min(cores(), int(given))
+    return cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def environment(here: Machine) -> dict[str, Any]:

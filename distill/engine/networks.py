@@ -56,7 +56,12 @@ def connect(
 
 
 def placed(network: Network, here: Machine) -> Network:
-    """The network on the device, in the order of memory that its kernels like."""
+    """The network on the device, in the order of memory that its kernels like.
+
+    One that is to be cut in parts waits on the host: it may be too large for the device.
+    """
+    if here.shards:
+        return network
     network = network.to(here.device)
     return network.to(memory_format=torch.channels_last) if network.is_convolutional else network
 

@@ -15,9 +15,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from distill import console, evaluate, models, objectives
-from distill.data import datasets
+from distill.data import datasets, on_device
 from distill.data.loader import Loader, Rows, evaluation_batches
-from distill.engine import machine, optim
+from distill.engine import machine, optim, parallel
 from distill.engine.average import Average
 from distill.engine.cached import Caches, Opened, Tutor
 from distill.engine.fill import Filler
@@ -119,7 +119,10 @@ def prepare_together(
             student = models.build_student(recipe.student, **facts(dataset))
             objective = objectives.build(recipe.objective)
             anatomies = staff.anatomies if objective.looks_inside else []
+            parallel.synchronise(student, recipe, here)
             connect(objective, student, anatomies, dataset)
+            if here.shards:
+                parallel.require_shardable(recipe, objective, here)
         except Exception as error:
             if lost is None:
                 raise
@@ -187,8 +190,10 @@ def _session(
         "recipe": recipe.digest(),
         "student": fingerprint(student) if recipe.student.weights else None,
     }
-    distiller = Distiller(placed(student, here), objective).to(here.device)
+    distiller = Distiller(placed(student, here), objective.to(here.device))
     average = Average(distiller.student, recipe.train.ema) if recipe.train.ema else None
+    if average is not None and here.shards:
+        parallel.shard(average.network, here)
     if here.compile:
         if student.is_convolutional:
             distiller.compile()  # with the losses: one graph more than the network's own
@@ -205,7 +210,7 @@ def _session(
     )
     return shared(
         distiller=distiller,
-        model=here.accelerator.prepare_model(distiller),
+        model=parallel.wrap(distiller, here),
         teacher=staff.teacher,
         tutors=staff.tutors,
         opened=staff.opened,
@@ -271,6 +276,9 @@ def describe(recipe: Recipe, session: Session, here: Machine) -> list[str]:
                 f"{name} compares the images of a batch, and sees each of {micro_batches} "
                 "micro-batches by itself: a larger --device-batch-size gives another result"
             )
+    warnings += parallel.seen_apart(student, recipe, here)
+    if session.dataset.train.pixels is None:
+        warnings += on_device.slow(recipe.data.decoder, here.device)
     if student.reinitialised:
         console.say(f"drawn anew, for other classes: {', '.join(student.reinitialised)}")
     for warning in warnings:
@@ -292,8 +300,16 @@ def answers(
     }
     source = dataset.test if split == "test" else dataset.train
     batches = batches_of(source, ids[split], recipe, dataset, here)
+    total = math.ceil(len(ids[split]) / _evaluation_size(recipe, here))
+    batches = parallel.in_step(batches, network, total, dataset.image_size, here)
+    parallel.share_buffers(network, here)
     autocast = machine.autocast(recipe.train.precision, here.device)
     return evaluate.predict(network, batches, autocast=autocast)
+
+
+def _evaluation_size(recipe: Recipe, here: Machine) -> int:
+    most = min(recipe.train.batch_size, machine.BATCH_SIZE[here.device.type])
+    return min(most, here.device_batch_size or most)
 
 
 def batches_of(
@@ -307,13 +323,12 @@ def batches_of(
 
     The size of a batch follows from the recipe and the kind of device, whatever their number.
     """
-    most = min(recipe.train.batch_size, machine.BATCH_SIZE[here.device.type])
     return evaluation_batches(
         dataset,
         source,
         ids,
         recipe.data,
-        batch_size=min(most, here.device_batch_size or most),
+        batch_size=_evaluation_size(recipe, here),
         device=here.device,
         rank=here.rank,
         world=here.world,

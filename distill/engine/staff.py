@@ -11,7 +11,7 @@ import torch
 
 from distill import models, objectives
 from distill.data.datasets import Dataset
-from distill.engine import cached, machine
+from distill.engine import cached, machine, parallel
 from distill.engine.cached import Opened, Tutor, open_caches
 from distill.engine.fill import Filler
 from distill.engine.machine import Machine
@@ -85,6 +85,8 @@ class Staff:
             else:
                 for network in networks:
                     _quicken(network, self._recipe, here)
+                    if here.shards:
+                        parallel.shard(network, here)
         for tutor in self.tutors:
             if here.compile and tutor.network:
                 compile_network(tutor.network)

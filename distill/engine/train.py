@@ -34,6 +34,7 @@ def train(
     device_batch_size: int | None = None,
     compile: bool = False,
     cuda_graph: bool = True,
+    shard_weights: bool = False,
     checkpoint_seconds: float = 300.0,
 ) -> Result:
     """Train the recipe's student and evaluate it; go on where an earlier call stopped.
@@ -50,6 +51,8 @@ def train(
         device_batch_size: Most images at once on a device; the global batch stays the recipe's.
         compile: Compile student and teacher with `torch.compile`.
         cuda_graph: On a GPU that waits for its host, launch a step as one CUDA graph.
+        shard_weights: Keep a part of weights, gradients and moments in each process, for models
+            that do not fit on a device.
         checkpoint_seconds: Time between two checkpoints.
 
     Raises:
@@ -68,6 +71,7 @@ def train(
         device_batch_size=device_batch_size,
         compile=compile,
         cuda_graph=cuda_graph,
+        shard_weights=shard_weights,
         checkpoint_seconds=checkpoint_seconds,
     )
     out = Path(out)

@@ -1,12 +1,15 @@
-"""Two processes train the same model as one, and as one with its batch in pieces."""
+"""Several processes train the same model as one, and end together."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from distill.engine.train import train
 from distill.recipe import Recipe
 from tests.engine.conftest import STUDENT
 
+ROOT = Path(__file__).parents[2]
+
 # Without dropout, whose masks follow the process; LayerNorm has no statistics of the batch.
 PLAIN = STUDENT.replace("drop: 0.1", "drop: 0.0")
 
@@ -27,7 +32,9 @@ PLAIN = STUDENT.replace("drop: 0.1", "drop: 0.0")
 @pytest.fixture
 def alone(recipes: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     """The recipe, and its run in one process."""
-    recipe = recipes(student=PLAIN)
+    recipe = recipes(student=PLAIN.replace("batch_size: 20", "batch_size: 24"))
+    teacher = recipe.with_name("teacher.yaml")
+    teacher.write_text(teacher.read_text().replace("batch_size: 30", "batch_size: 28"))
     out = tmp_path / "alone" / "run"
     command = [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(out)]
     subprocess.run(command, check=True, env=_environment())
@@ -48,18 +55,23 @@ def _largest_difference(first: Path, second: Path) -> float:
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
 
 
-def test_two_processes_and_two_micro_batches_equal_one(
+def test_two_and_four_processes_and_two_micro_batches_equal_one(
     alone: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, one = alone
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    two, pieces = tmp_path / "two" / "run", tmp_path / "pieces" / "run"
-    for run in (two, pieces):  # BatchNorm's statistics follow the process: one teacher for all
+    two, four, pieces = (tmp_path / name / "run" for name in ("two", "four", "pieces"))
+    for run in (
+        two,
+        four,
+        pieces,
+    ):  # BatchNorm's statistics follow the process: one teacher for all
         shutil.copytree(one.parent / "teacher", run.parent / "teacher")
     assert launch.spawn(2, ["train", str(recipe), "--out", str(two)]) == 0
-    command = ["train", str(recipe), "--out", str(pieces), "--device-batch-size", "10"]
+    assert launch.spawn(4, ["train", str(recipe), "--out", str(four)]) == 0
+    command = ["train", str(recipe), "--out", str(pieces), "--device-batch-size", "12"]
     subprocess.run([sys.executable, "-m", "distill", *command], check=True)
-    for other in (two, pieces):
+    for other in (two, four, pieces):
         assert _largest_difference(one, other) <= 1e-5
         rows, expected = (
             [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -151,3 +163,55 @@ def test_a_failing_process_ends_the_others_with_its_status(tmp_path: Path) -> No
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: {name: digits}\n")
     assert launch.spawn(2, ["train", str(recipe)]) == 2
+
+
+def _group(arguments: list[str], folders: list[Path]) -> list[subprocess.Popen[str]]:
+    """Begin `distill ARGUMENTS` as processes of one group, each in a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(len(folders)), "LOCAL_WORLD_SIZE": str(len(folders))}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "distill", *arguments],
+            cwd=folder,
+            env=_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, folder in enumerate(folders)
+    ]
+
+
+def test_an_error_in_one_process_is_said_and_ends_the_others_without_a_traceback(
+    recipes: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = recipes(student=PLAIN.replace("recipe: teacher.yaml", "weights: teacher"))
+    train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
+    elsewhere = tmp_path / "elsewhere"  # where there is no such teacher
+    elsewhere.mkdir()
+    group = _group(["train", str(recipe), "--out", str(tmp_path / "run")], [tmp_path, elsewhere])
+    said = [process.communicate(timeout=120)[1] for process in group]
+    assert [process.returncode for process in group] == [1, 6]
+    assert said[1].count("error:") == 1
+    assert "teacher: no such file or run directory" in said[1]
+    assert "Traceback" not in said[0] + said[1]
+
+
+def test_a_process_that_is_killed_ends_the_others_which_say_so(
+    recipes: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = recipes(student=PLAIN.replace("epochs: 4", "epochs: 4000"))
+    train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
+    out = tmp_path / "run"
+    group = _group(["train", str(recipe), "--out", str(out)], [tmp_path, tmp_path])
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+        assert [process.poll() for process in group] == [None, None]
+        time.sleep(0.05)
+    group[1].kill()
+    said = [process.communicate(timeout=120)[1] for process in group]
+    assert [process.returncode for process in group] == [1, -signal.SIGKILL]
+    assert "another process of this run ended" in said[0]
+    assert "Traceback" not in said[0]

@@ -1,0 +1,299 @@
+"""Models in parts: the same run, whatever part of the weights a process holds."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from distill import models, objectives
+from distill.engine import machine, parallel
+from distill.engine.average import Average
+from distill.engine.machine import Machine
+from distill.engine.networks import facts
+from distill.engine.session import prepare
+from distill.engine.train import train
+from distill.errors import IncompatibleError
+from distill.models.quick import halve
+from distill.recipe import Model, Recipe
+from distill.teacher import Live
+from tests.engine.conftest import STUDENT, TEACHER
+from tests.engine.processes import context
+
+# Without dropout, whose masks follow the process; LayerNorm has no statistics of the batch.
+PLAIN = STUDENT.replace("drop: 0.1", "drop: 0.0").replace("depth: 1", "depth: 2")
+# A term with weights of its own, and one that shows the student other images.
+TERMS = PLAIN.replace(
+    "optimizer:",
+    "  - {term: features, weight: 0.3, standardise: false}\n"
+    "  - {term: shift_consistency, weight: 10}\noptimizer:",
+)
+NORMS = TEACHER.replace("sgd, lr: 0.05, momentum: 0.9", "sgd, lr: 0.01, momentum: 0.9")
+
+ROOT = Path(__file__).parents[2]
+
+Run = tuple[Path, Path, dict[str, Any]]  # recipe, run directory, options
+
+
+def _work(rank: int, world: int, port: int, runs: Sequence[Run]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    torch.set_num_threads(1)
+    for recipe, out, options in runs:
+        train(Recipe.load(recipe), out, workers=0, **options)
+    holds_parts(Recipe.load(runs[0][0]), runs[0][1])
+
+
+def holds_parts(recipe: Recipe, out: Path) -> None:
+    """Of two processes each holds half of all that learns and teaches, in whatever precision."""
+    here = machine.setup(workers=0, shard_weights=True)
+    session = prepare(recipe, out, here)
+    assert isinstance(session.teacher, Live)
+    network = session.teacher.network
+    for module in (session.distiller, session.average, network):
+        module = module.network if isinstance(module, Average) else module
+        assert isinstance(module, nn.Module)
+        held = total = 0
+        for parameter in module.parameters():
+            assert isinstance(parameter, DTensor)
+            held, total = held + parameter.to_local().numel(), total + parameter.numel()
+        assert 0.4 * total < held < 0.6 * total
+    torch.manual_seed(0)
+    plain = models.build_student(recipe.student, **facts(session.dataset))
+    plain.eval().requires_grad_(False)
+    cut = copy.deepcopy(plain)
+    for one in (plain, cut):
+        halve(one, torch.bfloat16)
+    parallel.shard(cut, here)
+    images = torch.rand(4, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cut(images).logits, plain(images).logits)
+
+
+def together(world: int, runs: Sequence[Run]) -> None:
+    """Train one recipe after the other, in so many processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        context.Process(target=_work, args=(rank, world, port, runs)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """Over all tensors of two files; but for noise."""
+    a, b = (safetensors.torch.load_file(file) for file in (first, second))
+    assert {n: (x.shape, x.dtype) for n, x in a.items()} == {
+        n: (x.shape, x.dtype) for n, x in b.items()
+    }
+    for tensors in (a, b):
+        # Softmax ignores a bias of the keys, so its gradient is rounding noise, and AdamW blows
+        # that up to whole steps. All other weights agree.
+        for name, tensor in tensors.items():
+            if name.endswith("qkv.bias"):
+                tensor.unflatten(0, (3, -1))[1].zero_()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoint").glob("step-????????"))
+
+
+def cut_short(run: Path, to: Path) -> Path:
+    """A copy of a run as it was when its last checkpoint but one was written."""
+    shutil.copytree(run, to)
+    shutil.rmtree(newest(to))
+    for name in ("result.json", "student.safetensors"):
+        (to / name).unlink()
+    return to
+
+
+def test_models_in_parts_are_trained_as_one_and_go_on_as_one(
+    recipes: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain, norms = recipes(student=TERMS), tmp_path / "norms.yaml"
+    norms.write_text(NORMS)
+    train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
+    often: dict[str, Any] = {"checkpoint_seconds": 0}
+    one, two, pieces = (tmp_path / name for name in ("one", "two", "pieces"))
+    train(Recipe.load(plain), one, **often)
+    whole = cut_short(one, tmp_path / "begun-whole")
+    in_parts = {"shard_weights": True, **often}
+    runs: list[Run] = [
+        (plain, two, in_parts),
+        (plain, pieces, {"device_batch_size": 5, **in_parts}),
+        (plain, whole, in_parts),
+        (norms, tmp_path / "norms-whole", often),
+        (norms, tmp_path / "norms-in-parts", in_parts),
+    ]
+    together(2, runs)
+    parts = cut_short(two, tmp_path / "begun-in-parts")
+    train(Recipe.load(plain), parts)
+    for other in (two, pieces, whole, parts):
+        for file in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+            assert largest_difference(newest(other) / file, newest(one) / file) <= 1e-5
+        assert largest_difference(other / "student.safetensors", one / "student.safetensors") < 1e-5
+        results = [json.loads((run / "result.json").read_text()) for run in (other, one)]
+        for name in ("top1", "val_top1", "parameters", "flops", "identity"):
+            assert results[0][name] == results[1][name]
+    # BatchNorm follows the process, with all weights or a part of them alike.
+    same = (tmp_path / name / "student.safetensors" for name in ("norms-whole", "norms-in-parts"))
+    assert largest_difference(*same) <= 1e-5
+
+
+def test_the_tables_of_the_document_are_those_of_the_model() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/scaling_model.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    document = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    first = document.index(lines[0])
+    assert len(lines) == 21
+    assert [line for line in document[first:] if line.startswith("|")] == lines
+
+
+@pytest.fixture
+def two() -> Machine:
+    """One of two processes, as far as checks before a run are concerned."""
+    return machine.setup(workers=0, shard_weights=True)._replace(world=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("optimizer.name=muon", "muon looks at whole matrices"),
+        ("optimizer.name=lamb", "lamb looks at whole matrices"),
+        ("train.precision=fp16", "fp16 scales its losses"),
+        ("cache={fill: true, path: nowhere}", "cache.fill asks each process's teacher"),
+    ],
+)
+def test_what_parts_cannot_do_is_refused(
+    recipes: Callable[..., Path], two: Machine, override: str, fault: str
+) -> None:
+    recipe = Recipe.load(recipes(), [override])
+    with pytest.raises(IncompatibleError, match=fault) as caught:
+        parallel.require_shardable(recipe, objectives.build(recipe.objective), two)
+    assert caught.value.hint
+
+
+def test_compiled_parts_are_refused(recipes: Callable[..., Path], two: Machine) -> None:
+    recipe = Recipe.load(recipes())
+    with pytest.raises(IncompatibleError, match="cannot be combined with --compile"):
+        parallel.require_shardable(
+            recipe, objectives.build(recipe.objective), two._replace(compile=True)
+        )
+
+
+def test_a_number_has_no_parts(recipes: Callable[..., Path], two: Machine) -> None:
+    recipe = Recipe.load(recipes(), ["objective=[{term: ce}, {term: ctkd}]"])
+    objective = objectives.build(recipe.objective)
+    with pytest.raises(IncompatibleError, match="ctkd learns a number that has no parts"):
+        parallel.require_shardable(recipe, objective, two)
+    with pytest.raises(IncompatibleError, match=r"terms\.ctkd\.theta is a single number"):
+        parallel.shard(objective, two)
+
+
+FACTS = {
+    "classes": tuple("abcd"),
+    "image_size": 32,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.2, 0.2, 0.2),
+}
+
+
+@pytest.mark.parametrize("model", ["resnet8", "timm/mobilenetv3_small_050"])
+def test_statistics_of_all_gpus_change_nothing_else(
+    recipes: Callable[..., Path], two: Machine, model: str
+) -> None:
+    """timm's layers of BatchNorm and activation in one keep their activation."""
+    recipe = Recipe.load(recipes(), ["train.sync_batchnorm=true"])
+    student = models.build_student(Model(model=model), **FACTS).eval()
+    images, names = torch.rand(2, 3, 32, 32), list(student.state_dict())
+    expected = student(images).logits
+    parallel.synchronise(student, recipe, two._replace(device=torch.device("cuda")))
+    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert list(student.state_dict()) == names
+    assert torch.equal(student.eval()(images).logits, expected)
+
+
+def test_statistics_of_all_processes_need_gpus_where_there_are_several(
+    recipes: Callable[..., Path], two: Machine
+) -> None:
+    recipe = Recipe.load(recipes(), ["train.sync_batchnorm=true"])
+    student = models.build_student(Model(model="resnet8"), **FACTS)
+    parallel.synchronise(student, recipe, two._replace(world=1))  # which sees all anyway
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in student.modules())
+    with pytest.raises(IncompatibleError, match="GPUs only, and 2 processes run on cpu"):
+        parallel.synchronise(student, recipe, two)
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "pieces", "synchronised", "seen"),
+    [
+        ("resnet8", 1, None, False, None),
+        ("resnet8", 2, None, False, 10),
+        ("resnet8", 2, 5, False, 5),
+        ("resnet8", 2, None, True, None),
+        ("resnet8", 2, 5, True, 10),
+        ("vit", 2, 5, False, None),
+    ],
+)
+def test_batchnorm_that_sees_pieces_is_said_with_its_numbers(
+    recipes: Callable[..., Path],
+    two: Machine,
+    model: str,
+    world: int,
+    pieces: int | None,
+    synchronised: bool,
+    seen: int | None,
+) -> None:
+    recipe = Recipe.load(recipes(), [f"train.sync_batchnorm={str(synchronised).lower()}"])
+    student = models.build_student(Model(model=model), **FACTS)
+    here = two._replace(world=world, device_batch_size=pieces)
+    said = parallel.seen_apart(student, recipe, here)
+    assert len(said) == (seen is not None)
+    for line in said:
+        assert f"from {seen} images at a time, of a batch's 20 (devices: {world}" in line
+
+
+def test_where_norms_are_synchronised_is_a_part_of_the_recipe_only_if_they_are(
+    recipes: Callable[..., Path],
+) -> None:
+    """So that runs from before go on."""
+    plain, synchronised = (
+        Recipe.load(recipes(), [f"train.sync_batchnorm={value}"]) for value in ("false", "true")
+    )
+    assert "sync_batchnorm" not in plain.identity()["train"]
+    assert plain.digest() != synchronised.digest()
