@@ -127,13 +127,8 @@ def _write_predictions(file: Path, subjects: list[Subject]) -> None:
 def _write(path: Path, tested: Tested) -> None:
     """The answers as CSV: id, name of the file where there is one, and what was said of it."""
     from distill import storage
-    from distill.data import folder
 
-    told, data = tested.predictions, tested.recipe.data
-    classes, files = tested.dataset.classes, []
-    if data.name == "folder":
-        root = Path(str(data.root)).expanduser().absolute()
-        files = [entry.name for entry in folder.scan(root, data.split_file).test]
+    told, classes, files = tested.predictions, tested.dataset.classes, tested.dataset.test.files
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["id", "name", "label", "predicted", "confidence", "nll", "correct"])
@@ -141,7 +136,7 @@ def _write(path: Path, tested: Tested) -> None:
         table.writerow(
             [
                 number,
-                files[number] if files else "",
+                "" if files is None else files.name(int(number)),
                 classes[told.labels[i]],
                 classes[told.predicted[i]],
                 f"{told.confidence[i]:.6f}",

@@ -182,6 +182,27 @@ def test_the_front_matter_says_what_the_hub_asks_for() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("data", "title", "kind", "sentence"),
+    [
+        ("name: webdataset, root: /home/adele/pets", "image shards pets", "webdataset", "`pets`"),
+        ("name: webdataset, root: 's3://b/pets', shuffle_shards: 4", "image shards pets",
+         "webdataset", "`pets`"),
+        ("name: hf/adele/pets", "set adele/pets", "adele/pets", "the set `adele/pets`"),
+    ],
+)  # fmt: skip
+def test_other_sets_are_named_as_what_they_are(
+    data: str, title: str, kind: str, sentence: str
+) -> None:
+    text = RECIPE.replace("name: folder, root: /home/adele/pets", data)
+    name = data.partition(",")[0].removeprefix("name: ")
+    found = card(made(text, data=DATA._replace(name=name)))
+    ((result,),) = (index["results"] for index in front_matter(found)["model-index"])
+    assert result["dataset"] == {"name": title, "type": kind, "split": "test"}
+    assert sentence in found
+    assert "/home/adele" not in found
+
+
 def test_timm_is_the_library_where_timm_can_load_it() -> None:
     exported = {"files": [file("safetensors"), file("timm")]}
     text = card(made(exported=exported))

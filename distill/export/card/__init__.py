@@ -119,8 +119,7 @@ def _front_matter(about: About) -> Markdown:
     recipe, run = about.recipe, _last(about.exported["run"])
     formats = {one["format"] for one in about.exported["files"]}
     tags = [tag for tag in TAGS if tag in formats]
-    folder = _last(recipe.data.root or recipe.data.name)
-    set_name, set_id = SETS.get(about.data.name, (f"image folder {folder}", "imagefolder"))
+    set_name, set_id = _known_set(about)
     kinds = {"top1": "accuracy", "top5": "accuracy", "nll": "nll", "ece": "ece"}
     found = [
         EvalResult(
@@ -161,7 +160,24 @@ def _set(about: About) -> Markdown:
     """The data set, as a sentence names it."""
     if about.data.name in SETS:
         return Markdown(SETS[about.data.name][0])
-    return Markdown(f"the image folder {name(_last(about.recipe.data.root or about.data.name))}")
+    kind, place = _kind(about)
+    return Markdown(f"the {kind} {name(place)}")
+
+
+def _known_set(about: About) -> tuple[str, str]:
+    """The name of the data set, and its name on the hub or that of its kind there."""
+    kind, place = _kind(about)
+    ids = {"image folder": "imagefolder", "image shards": "webdataset", "set": place}
+    return SETS.get(about.data.name, (f"{kind} {place}", ids[kind]))
+
+
+def _kind(about: About) -> tuple[str, str]:
+    """What the images lie in, and its name, without where it lies on this machine."""
+    data = about.recipe.data
+    if data.name.startswith("hf/"):
+        return "set", data.name.removeprefix("hf/")
+    kind = "image shards" if data.name == "webdataset" else "image folder"
+    return kind, _last(data.root or data.name)
 
 
 def _teachers(about: About) -> list[Markdown]:
