@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from distill import models, objectives
 from distill.cache import write
 from distill.cache.store import open_store, places
-from distill.data import datasets
+from distill.data import datasets, on_device
 from distill.data.datasets import Dataset
 from distill.data.loader import Loader
 from distill.engine import cached, generations, machine, memory, optim
@@ -343,6 +343,8 @@ def _warnings(recipe: Recipe, dataset: Dataset, student: Network, needed: Memory
             f"about {needed.total / 1e9:,.1f} GB are needed, and {free / 1e9:,.1f} GB are free "
             "here: training would add up micro-batches"
         )
+    if dataset.train.pixels is None:
+        found += on_device.slow(recipe.data.decoder, device)
     if dataset.bad:
         found.append(f"training images that are bad and left out: {len(dataset.bad):,}")
     if student.reinitialised:
