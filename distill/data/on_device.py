@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
@@ -17,7 +18,7 @@ from distill.data.jpeg import Box
 from distill.data.workers import Decoder, Request
 from distill.errors import PreflightError
 
-_MOST_PIXELS = 1 << 26  # decoded at once, of many images or a single one: 200 MB
+_MOST_PIXELS = 1 << 26  # decoded at once, unless a single image has more: 200 MB
 _MOST_SHRINK = 32  # times; CUDA's antialias ends somewhat above
 
 
@@ -75,8 +76,9 @@ class DeviceDecoder:
             coded.append(data)
             moved = [box.moved(-left, -top) for box in boxes]
             files.append(_File(len(data), area, list(zip(rows, moved, strict=True))))
-        joined = torch.frombuffer(bytearray().join([*coded, b"\0"]), dtype=torch.uint8)[:-1]
-        return _Begun(request, odd, self._exact(request.of(odd)), joined, files)
+        joined = np.frombuffer(bytearray().join(coded), np.uint8)
+        pixels = self._exact(request.of(odd))
+        return _Begun(request, odd, pixels, torch.from_numpy(joined), files)
 
     def finish(self, made: _Begun, device: torch.device) -> UInt8[Tensor, "b 3 S S"]:
         """The batch, in channels_last memory; the exact decoder is asked for what is refused."""
@@ -89,8 +91,9 @@ class DeviceDecoder:
         for turn in _turns(made.files):
             found = _decode(coded[turn], place)
             for file, picture in zip(made.files[turn], found, strict=True):
+                high, wide = picture.shape[1:]
                 for row, box in file.parts:
-                    if picture is None:
+                    if box.bottom > high or box.right > wide:
                         refused.append(row)
                     else:
                         pixels[row] = _scaled(picture, box, size)
@@ -128,15 +131,15 @@ def _turns(files: Sequence[_File]) -> Iterator[slice]:
 
 def _decode(
     files: Sequence[UInt8[Tensor, " n"]], place: torch.device
-) -> list[UInt8[Tensor, "3 H W"] | None]:
-    """The whole pictures; None where the device's decoder refuses one."""
+) -> list[UInt8[Tensor, "3 H W"]]:
+    """The whole pictures; one without pixels where the device's decoder refuses a file."""
     try:
         return list(_together(files, place))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # of any of them: it does not say of which
         if len(files) == 1:
-            return [None]
+            return [torch.empty((3, 0, 0), dtype=torch.uint8)]
         return [picture for file in files for picture in _decode([file], place)]
 
 
