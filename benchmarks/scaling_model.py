@@ -16,7 +16,8 @@ REACHED = 0.8  # of a link's rate
 NVLINK = 450e9 * REACHED  # bytes/s, one way, each GPU
 BUCKET = 25 * 2**20  # bytes of gradients that DDP reduces at a time
 DISK = 1e9  # bytes/s
-DECODED = {"JPEG, 500 x 375": (110e3, 450), "pack, 256 px": (26e3, 680)}  # bytes, images/s a core
+# Bytes, and images/s a core with `data.decoder: fast` and its extra (benchmarks/decode.py).
+DECODED = {"JPEG, 500 x 375": (110e3, 1100), "pack, 256 px": (27e3, 3000)}
 
 
 class Network(NamedTuple):

@@ -20,16 +20,20 @@ from distill.recipe import Recipe
 DATA_WAIT = 0.1  # of the time, from which on it is said
 
 
-def _slow_data(data_wait: float, session: Session, here: Machine) -> list[str]:
+def _slow_data(data_wait: float, recipe: Recipe, session: Session, here: Machine) -> list[str]:
     """What to do where the device waited for images."""
     if data_wait < DATA_WAIT or session.dataset.train.pixels is not None:
         return []
     idle = machine.own_cores() - 1 - here.workers
     helps = [f"--workers {here.workers + idle}"] if idle > 0 else []
+    if recipe.data.decoder == "exact" and any(
+        one.name == "resized_crop" for one in recipe.data.augment
+    ):
+        helps.append("data.decoder: fast")
     helps.append("`distill pack`, whose small images decode several times as fast")
     said = (
         f"{data_wait:.0%} of the time went by waiting for images to be decoded "
-        f"(--workers {here.workers}); what helps: {', or '.join(helps)}"
+        f"(--workers {here.workers}); what helps: {', '.join(helps)}"
     )
     console.warn(said)
     return [said]
@@ -83,7 +87,7 @@ def finish(
         flops=cost.flops(student, dataset.image_size),
         run=str(run.path),
         identity=session.identity,
-        warnings=[*counter.warnings, *_slow_data(data_wait, session, here)],
+        warnings=[*counter.warnings, *_slow_data(data_wait, recipe, session, here)],
     )
     if here.main:
         storage.write(run.student, weights.to_bytes(student))
