@@ -74,11 +74,12 @@ def test_a_live_teacher_is_frozen_and_keeps_its_statistics() -> None:
 def test_a_training_run_leaves_its_teachers_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: int
 ) -> None:
-    files = []
+    files, given = [], []
     for i in range(members):
         torch.manual_seed(i)
         files.append(tmp_path / f"teacher-{i}.safetensors")
-        files[-1].write_bytes(to_bytes(cnn()))
+        given.append(cnn())
+        files[-1].write_bytes(to_bytes(given[-1]))
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"""
@@ -91,23 +92,28 @@ def test_a_training_run_leaves_its_teachers_bit_for_bit(
         """
     )
     taken: list[Session] = []
+    before: list[dict[str, torch.Tensor]] = []
     prepare = session.prepare
 
     def kept(recipe: Recipe, path: Path, here: Machine) -> Session:
         taken.append(prepare(recipe, path, here))
+        for tutor in taken[-1].tutors:
+            assert tutor.network is not None
+            before.append({n: x.clone() for n, x in tutor.network.state_dict().items()})
         return taken[-1]
 
     monkeypatch.setattr("distill.engine.train.prepare", kept)
     result = train(Recipe.load(path), tmp_path / "run")
     networks = [tutor.network for tutor in taken[0].tutors]
-    assert [fingerprint(network) for network in networks] == result.identity["teachers"]
+    assert [fingerprint(network) for network in given] == result.identity["teachers"]
+    for network, tensors in zip(networks, before, strict=True):
+        after = network.state_dict()
+        assert after.keys() == tensors.keys()
+        assert all(torch.equal(after[name], tensors[name]) for name in tensors)
     assert len(set(result.identity["teachers"])) == members
     assert all(p.grad is None for network in networks for p in network.parameters())
     learned = {id(p) for group in taken[0].optimizer.param_groups for p in group["params"]}
     assert not learned & {id(p) for network in networks for p in network.parameters()}
-    statistics = [b for n, b in networks[0].named_buffers() if n.endswith("num_batches_tracked")]
-    assert statistics
-    assert not any(statistics)
 
 
 def test_no_gradient_reaches_a_teacher() -> None:
