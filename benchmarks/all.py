@@ -98,7 +98,7 @@ COMPARISONS = {
     ),
     "startup": Comparison("Starts", "startup.py", "--rounds 7", "--rounds 1"),
     "scaling": Comparison("Several processes", "scaling.py", "", ""),
-    "scale": Comparison("Large sets of images", "scale.py", "10000 100000", "1000"),
+    "scale": Comparison("Large sets of images", "scale.py", "10000 100000 1000000", "1000"),
     "limits": Comparison(
         "What the device allows", "roofline.py", "--device {device}", "--device {device}"
     ),
