@@ -89,11 +89,12 @@ def _gpu_counter() -> Any:
 
 def machine(device: str) -> dict[str, Any]:
     """What speeds follow, as plain data."""
-    from distill.engine.machine import cores
+    from distill.data.workers import cores
+    from distill.engine.machine import processor
 
     found: dict[str, Any] = {
-        "device": _processor(),
-        "processor": _processor(),
+        "device": processor(),
+        "processor": processor(),
         "cores": cores(),
         "memory": psutil.virtual_memory().total,
         "system": platform.platform(),
@@ -109,11 +110,3 @@ def machine(device: str) -> dict[str, Any]:
         found["cuda"] = torch.version.cuda
         found["gpus"] = torch.cuda.device_count()
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

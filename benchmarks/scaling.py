@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from distill import models, objectives
+from distill.data.workers import cores
 from distill.engine import machine, parallel
 from distill.engine.networks import placed
 from distill.engine.step import Distiller, train_step
@@ -139,7 +140,7 @@ def main() -> None:
         "model": asked.model,
         "images_per_process": asked.images,
         "device": torch.cuda.get_device_name() if gpus else "one CPU thread a process",
-        "cores": machine.cores(),
+        "cores": cores(),
         "load": os.getloadavg()[0],
         "gradient_bytes": rounds[0][counts[0]]["gradient_bytes"],
         "torch": torch.__version__,

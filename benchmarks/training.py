@@ -29,7 +29,7 @@ from _setting import Setting, write, write_cache
 from _timing import Row, report, verdict
 from _turns import Variant, interleave
 
-from distill.engine.machine import cores
+from distill.data.workers import cores
 
 HERE = Path(__file__).parent
 BASE = "loop by hand"

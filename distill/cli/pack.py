@@ -70,9 +70,10 @@ def pack(
 
         from distill import pack as body
         from distill.data.packed import Settings
+        from distill.data.workers import cores
         from distill.engine import machine
 
-        processes = max(1, machine.cores() - 1) if workers is None else workers
+        processes = max(1, cores() - 1) if workers is None else workers
         if verify:
             found = body.verify(out, workers=processes)
         else:

@@ -70,12 +70,14 @@ def part(
         BadImageError: As `decode` does, but for damage outside of the box, which may go unseen.
         PreflightError: If the file cannot be read.
     """
-    header = jpeg.parse(stored(source))
+    data = stored(source)
+    header = jpeg.parse(data)
     if header and header.width * header.height <= max_pixels:
         found = jpeg.pixels(header, choose(header.width, header.height))
         if found is not None:
             return found
-    return cropped(decode(source, max_pixels=max_pixels, name=name), choose)
+    called = name if isinstance(source, bytes) else name or str(source)
+    return cropped(decode(data or source, max_pixels=max_pixels, name=called), choose)
 
 
 def stored(source: Path | bytes) -> bytes:

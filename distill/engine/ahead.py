@@ -77,8 +77,10 @@ class Lanes:
     @contextmanager
     def of(self, owner: object) -> Generator[None]:
         """Launch what belongs to `owner` in a stream of its own, after all that came before."""
-        cuda: Any = torch.cuda
-        stream = self._streams.setdefault(owner, cuda.Stream(self._device))
+        if owner not in self._streams:
+            cuda: Any = torch.cuda
+            self._streams[owner] = cuda.Stream(self._device)
+        stream = self._streams[owner]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             yield

@@ -97,7 +97,8 @@ class Training:
         if self._make is None:
             self._make = self._quickest(batch, self._set_progress())
         scales = self._set_progress()
-        done = self._make(batch, self.hear(batch))
+        with memory.wanted(len(batch.ids) // self._micro_batches, self.here.device):
+            done = self._make(batch, self.hear(batch))
         if session.average is not None:
             session.average.update(session.distiller.student, first=self.step == 0)
         self.step += 1
@@ -168,13 +169,17 @@ class Training:
         state = parallel.parts(found.tensors["optimizer"], session.optimizer)
         optim.load_state(session.optimizer, state, found.values["optimizer"])
         if session.average is not None:
-            parallel.load(session.average.network, found.tensors["ema"])
+            # Runs that were begun with PyTorch's AveragedModel have its names.
+            average = {n.removeprefix("module."): x for n, x in found.tensors["ema"].items()}
+            average.pop("n_averaged", None)
+            parallel.load(session.average.network, average)
         if session.scaler is not None:
             session.scaler.load_state_dict(found.values["scaler"])
         self._monitor.load(found.values["monitor"])
         console.say(f"{run.path}: going on after step {found.step}")
         values = found.values
-        return Counter(found.step, values["seconds"], values["waited"], values["warnings"])
+        waited = values.get("waited", 0.0)  # which was not counted always
+        return Counter(found.step, values["seconds"], waited, values["warnings"])
 
     def _quickest(self, batch: Batch, scales: dict[str, float]) -> Quickest:
         """The step, in as many pieces as the device's memory asks for."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from distill import console
+from distill.data.workers import cores
 from distill.engine import launch, memory
 from distill.errors import IncompatibleError, PreflightError
 
@@ -134,13 +135,6 @@ def setup(
     )
 
 
-def cores() -> int:
-    """Processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def own_cores() -> int:
     """Of these, this process's share, where others of its run are on the machine."""
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
@@ -156,7 +150,7 @@ def environment(here: Machine) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "system": platform.platform(),
-        "device": torch.cuda.get_device_name(here.device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(here.device) if cuda else processor(),
         "threads": torch.get_num_threads(),
         "processes": here.world,
     }
@@ -229,7 +223,7 @@ def stop_request() -> Generator[StopRequest]:
             signal.signal(signum, handler)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's name, where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -6,7 +6,7 @@ import ctypes
 import resource
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.engine.capture import forget_gradients
-from distill.errors import PreflightError
+from distill.errors import DistillError, PreflightError
+from distill.models.network import normalises_batches
 from distill.objectives import apart_from_others
 from distill.types import Batch
 
+_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 PART = 0.5  # of what is free, for what a step keeps; gradients of it and workspaces take the rest
 # Of want, in what PyTorch and its libraries say.
@@ -31,17 +32,34 @@ def free_bytes(device: torch.device) -> int:
     """What this process may still take on the device, limits of its container included."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = [int(psutil.virtual_memory().available)]
+    free = [int(psutil.virtual_memory().available), *_free_of_groups(_GROUPS, _OWN_GROUP)]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         free.append(limit - psutil.Process().memory_info().vms)
-    try:  # a container's or a batch system's
-        group = Path("/sys/fs/cgroup")
-        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        free.append(int(most) - int(used))
-    except (OSError, ValueError):
-        pass
     return max(min(free), 0)
+
+
+def _free_of_groups(root: Path, own: Path) -> list[int]:
+    """What the groups that limit this process's memory leave: a container's, a batch system's.
+
+    Files that are kept in memory count into a group, and give way to whoever needs it.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for name in (line[3:] for line in lines if line.startswith("0::")):
+        below = Path(*(part for part in name.split("/") if part != ".."))
+        for folder in (root / group for group in (below, *below.parents)):
+            with suppress(OSError, ValueError):  # where there is no limit it says "max"
+                most, used = (
+                    int((folder / f"memory.{what}").read_text()) for what in ("max", "current")
+                )
+                told = (folder / "memory.stat").read_text().splitlines()
+                parts = dict(line.split() for line in told)
+                found.append(most - used + sum(int(parts[f"{a}active_file"]) for a in ("", "in")))
+    return found
 
 
 def keep_freed() -> None:
@@ -99,8 +117,8 @@ def pieces_that_fit(
     """The fewest equal pieces, from `pieces` on, whose steps fit on the device one by one.
 
     On a GPU they are tried; elsewhere, where a system gives more memory than it has and then kills,
-    they are told from the need of a few images. Nothing of what is tried stays. All processes get
-    the same answer, and what it is they say.
+    they are told from the need of a few images. Nothing of what is tried stays, and all processes
+    get the same answer.
 
     Args:
         network: All that learns, not wrapped.
@@ -133,12 +151,32 @@ def pieces_that_fit(
 
 def in_pieces(network: nn.Module, images: int, pieces: int, device: torch.device) -> str:
     """What a user is told of a batch that was cut because it does not fit."""
-    norms = any(isinstance(module, _BatchNorm) for module in network.modules())
     return (
         f"{images:,} images at once do not fit into the memory of {device}: the gradients of "
         f"{pieces} micro-batches of {images // pieces:,} are added up, for the same global batch"
-        + (", and BatchNorm sees each by itself" if norms else "")
+        + (", and BatchNorm sees each by itself" if normalises_batches(network) else "")
     )
+
+
+@contextmanager
+def wanted(images: int, device: torch.device) -> Generator[None]:
+    """Say in a sentence that memory was not enough for a step on so many images.
+
+    Raises:
+        DistillError: If it was not.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()
+        raise DistillError(
+            f"the memory of {device} is not enough for a step on {images:,} images: "
+            f"{reason[0] if reason else type(error).__name__}",
+            hint=f"--device-batch-size {max(images // 2, 1)} adds up gradients of smaller pieces; "
+            "the same command goes on from the last checkpoint",
+        ) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.engine.machine import Machine
 from distill.engine.step import Distiller
 from distill.errors import IncompatibleError
 from distill.models import backbones
-from distill.models.network import Network
+from distill.models.network import Network, normalises_batches
 from distill.models.weights import fill
 from distill.objectives import Objective
 from distill.recipe import Recipe
@@ -114,11 +113,6 @@ def seen_apart(student: Network, recipe: Recipe, here: Machine) -> list[str]:
     if here.world > 1 and not synchronised:
         said += "; with train.sync_batchnorm: true it sees those of all GPUs"
     return [said]
-
-
-def normalises_batches(module: nn.Module) -> bool:
-    """Whether statistics of a batch decide what it computes in training."""
-    return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
 def require_shardable(recipe: Recipe, objective: Objective, here: Machine) -> None:

@@ -119,7 +119,7 @@ def add_gradients(
     scaler: torch.amp.GradScaler | None = None,
     told: Outputs | None = None,
 ) -> Step:
-    """Forward and backward: `train_step` without the update, which needs less memory than they."""
+    """Forward and backward: `train_step` without the update."""
     precision = autocast or nullcontext()
     for i, (piece, said) in enumerate(_pieces(batch, told, micro_batches)):
         with _local_gradients(model, i < micro_batches - 1):

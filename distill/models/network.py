@@ -12,6 +12,7 @@ from annotated_types import Ge
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.component import Count
 from distill.errors import IncompatibleError
@@ -218,6 +219,11 @@ def probe(network: Network, image_size: int) -> None:
             f"{network.model}: returns {got} for one image, expected logits (1, {expected})",
             hint="a backbone returns one tensor with a logit for each class",
         )
+
+
+def normalises_batches(module: nn.Module) -> bool:
+    """Whether statistics of a batch decide what it computes in training."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
 def on_meta(network: Network) -> Network:

@@ -300,9 +300,12 @@ def test_views_are_the_same_for_any_workers_and_with_and_without_the_extra(
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_a_view_is_the_same_whatever_else_is_asked_for(folder: Path, mixup: float) -> None:
+@pytest.mark.parametrize("decoder", ["fast", "gpu"])
+def test_a_view_is_the_same_whatever_else_is_asked_for(
+    folder: Path, decoder: str, mixup: float
+) -> None:
     """Of files that are decoded once for several views, too."""
-    data = recipe(folder, decoder="fast", mixup=mixup)
+    data = recipe(folder, decoder=decoder, mixup=mixup)
     dataset = datasets.load(data)
     positions, numbers = (column.ravel() for column in np.indices((len(dataset.train_ids), 3)))
     views = Views(dataset, data, device=CPU)

@@ -18,7 +18,6 @@ from distill.data import datasets, images, jpeg, on_device
 from distill.data.augment import build
 from distill.data.loader import Loader
 from distill.data.on_device import DeviceDecoder
-from distill.data.pixels import Views
 from distill.data.workers import Decoder, Files, Request
 from distill.errors import PreflightError
 from distill.recipe import Data, Recipe
@@ -282,22 +281,6 @@ def test_batches_are_the_same_for_any_workers_and_nearly_exact(
             assert torch.equal(one.labels, found.labels)
         assert torch.equal(one.images, other.images)
         assert 0 < (one.images - true.images).abs().mean() * 255 < 1
-
-
-@pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_a_view_is_the_same_whatever_else_is_asked_for(folder: Path, mixup: float) -> None:
-    data = recipe(folder, mixup=mixup)
-    dataset = datasets.load(data)
-    positions, numbers = (column.ravel() for column in np.indices((len(dataset.train_ids), 3)))
-    views = Views(dataset, data, device=CPU)
-    found = {}
-    for batch, which in views.single(positions, numbers, batch_size=16):
-        found |= dict(zip(which.tolist(), batch.images, strict=True))
-    assert len(found) == 60
-    for one in (3, 16, 47):
-        [(batch, _)] = views.single(positions[[one]], numbers[[one]], batch_size=2)
-        assert torch.equal(batch.images[0], found[one])
-    views.close()
 
 
 def test_a_missing_file_is_the_error_that_names_it(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 
 from distill.cache import verify, write
 from distill.cache.store import Folder
@@ -22,6 +20,7 @@ from distill.engine import launch
 from distill.engine.train import train
 from distill.recipe import Recipe
 from tests.engine.conftest import STUDENT
+from tests.engine.processes import free_port, largest_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,13 +45,7 @@ def _environment() -> dict[str, str]:
 
 
 def _largest_difference(first: Path, second: Path) -> float:
-    a, b = (safetensors.torch.load_file(run / "student.safetensors") for run in (first, second))
-    assert a.keys() == b.keys()
-    for weights in (a, b):
-        # Softmax ignores a bias of the keys, so its gradient is rounding noise, and AdamW blows
-        # that up to whole steps. All other weights agree.
-        weights["blocks.0.attention.qkv.bias"].unflatten(0, (3, -1))[1].zero_()
-    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+    return largest_difference(*(run / "student.safetensors" for run in (first, second)))
 
 
 def test_two_and_four_processes_and_two_micro_batches_equal_one(
@@ -61,11 +54,8 @@ def test_two_and_four_processes_and_two_micro_batches_equal_one(
     recipe, one = alone
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     two, four, pieces = (tmp_path / name / "run" for name in ("two", "four", "pieces"))
-    for run in (
-        two,
-        four,
-        pieces,
-    ):  # BatchNorm's statistics follow the process: one teacher for all
+    # BatchNorm's statistics follow the process: one teacher for all.
+    for run in (two, four, pieces):
         shutil.copytree(one.parent / "teacher", run.parent / "teacher")
     assert launch.spawn(2, ["train", str(recipe), "--out", str(two)]) == 0
     assert launch.spawn(4, ["train", str(recipe), "--out", str(four)]) == 0
@@ -167,11 +157,8 @@ def test_a_failing_process_ends_the_others_with_its_status(tmp_path: Path) -> No
 
 def _group(arguments: list[str], folders: list[Path]) -> list[subprocess.Popen[str]]:
     """Begin `distill ARGUMENTS` as processes of one group, each in a folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(len(folders)), "LOCAL_WORLD_SIZE": str(len(folders))}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "distill", *arguments],

@@ -122,6 +122,36 @@ def test_a_limit_of_the_process_counts() -> None:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def test_a_group_leaves_its_limit_less_what_gives_way_to_nobody(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("0::/job/step\n")
+    limits = {"job/step": "max", "job": "1000"}
+    for name, most in limits.items():
+        folder = tmp_path / "groups" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text("900\n")
+        (folder / "memory.stat").write_text("anon 100\ninactive_file 300\nactive_file 400\n")
+    assert memory._free_of_groups(tmp_path / "groups", own) == [800]
+    own.write_text("12:memory:/job\n")  # the older kind of groups
+    assert memory._free_of_groups(tmp_path / "groups", own) == []
+    assert memory._free_of_groups(tmp_path / "groups", tmp_path / "nothing") == []
+
+
+def test_memory_that_runs_out_in_a_step_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    trusting = LIMITED.replace("size = int", "from distill.engine import memory\nsize = int")
+    trusting = trusting.replace(
+        "train(recipe,",
+        "memory.PART = 1e9\nfrom distill.errors import DistillError\ntry:\n    train(recipe,",
+    ).rstrip("\n")
+    trusting += "\nexcept DistillError as error:\n    print(error, '|', error.hint)\n"
+    arguments = [sys.executable, "-c", trusting, str(600 * 2**20), "0", "run"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "the memory of cpu is not enough for a step on 400 images" in done.stdout, done.stderr
+    assert "--device-batch-size 200" in done.stdout
+
+
 def test_what_the_allocator_says_is_known() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)

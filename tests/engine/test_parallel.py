@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -31,7 +29,7 @@ from distill.models.quick import halve
 from distill.recipe import Model, Recipe
 from distill.teacher import Live
 from tests.engine.conftest import STUDENT, TEACHER
-from tests.engine.processes import context
+from tests.engine.processes import context, free_port, largest_difference
 
 # Without dropout, whose masks follow the process; LayerNorm has no statistics of the batch.
 PLAIN = STUDENT.replace("drop: 0.1", "drop: 0.0").replace("depth: 1", "depth: 2")
@@ -92,9 +90,7 @@ def holds_parts(recipe: Recipe, out: Path) -> None:
 
 def together(world: int, runs: Sequence[Run]) -> None:
     """Train one recipe after the other, in so many processes of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         context.Process(target=_work, args=(rank, world, port, runs)) for rank in range(world)
     ]
@@ -103,21 +99,6 @@ def together(world: int, runs: Sequence[Run]) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * world
-
-
-def largest_difference(first: Path, second: Path) -> float:
-    """Over all tensors of two files; but for noise."""
-    a, b = (safetensors.torch.load_file(file) for file in (first, second))
-    assert {n: (x.shape, x.dtype) for n, x in a.items()} == {
-        n: (x.shape, x.dtype) for n, x in b.items()
-    }
-    for tensors in (a, b):
-        # Softmax ignores a bias of the keys, so its gradient is rounding noise, and AdamW blows
-        # that up to whole steps. All other weights agree.
-        for name, tensor in tensors.items():
-            if name.endswith("qkv.bias"):
-                tensor.unflatten(0, (3, -1))[1].zero_()
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
 def newest(run: Path) -> Path:

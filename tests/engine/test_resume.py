@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
@@ -10,7 +11,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
+from distill import storage
 from distill.engine.train import train
 from distill.errors import DamagedError, IdentityError, PreflightError
 from distill.recipe import Recipe
@@ -129,6 +133,35 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
     assert (out / "checkpoint" / f"{newest.name}.damaged").is_dir()
     for path in (newest, older):
         assert path.exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(
+    reference: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """It names averaged weights as PyTorch's AveragedModel does, and counts no waits."""
+    recipe, expected = reference
+    shutil.copytree(recipe.parent / "teacher", tmp_path / "teacher")
+    out = tmp_path / "run"
+    processes.start(recipe, out, checkpoint_seconds=0).join()
+    (out / "result.json").unlink()
+    newest, older = sorted((out / "checkpoint").iterdir(), reverse=True)
+    shutil.rmtree(newest)
+    files = storage.read_folder(older)
+    shutil.rmtree(older)
+    average = safetensors.torch.load(files["ema.safetensors"])
+    average = {f"module.{name}": tensor for name, tensor in average.items()}
+    average["n_averaged"] = torch.tensor(19)
+    state = json.loads(files["state.json"])
+    del state["values"]["waited"]
+    changed = {
+        "ema.safetensors": safetensors.torch.save(average),
+        "state.json": json.dumps(state).encode(),
+    }
+    storage.write_folder(older, {**files, **changed})
+    process = processes.start(recipe, out)
+    process.join()
+    assert process.exitcode == 0
+    assert processes.traces(out) == expected
 
 
 def test_without_a_whole_checkpoint_the_run_refuses_and_keeps_everything(

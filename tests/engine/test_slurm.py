@@ -20,8 +20,8 @@ from distill.engine.train import train
 from distill.errors import PreflightError
 from distill.recipe import Recipe
 from tests.engine.conftest import STUDENT, TEACHER
+from tests.engine.processes import largest_difference
 from tests.engine.scheduler import ROOT, Scheduler
-from tests.engine.test_parallel import largest_difference
 
 PLAIN = STUDENT.replace("drop: 0.1", "drop: 0.0").replace("epochs: 4", "epochs: 12")
 PLAIN = PLAIN.replace("batch_size: 20", "batch_size: 24")
