@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import promises
+from tests.promises import Finding, Measured
+
 # Before anything imports torch, here or in a child process: more threads would only wait for each
 # other on a machine that runs several tests at once, and the last bits of a result follow them.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,3 +26,53 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     No more on a larger machine unless `-n` says so: each holds up to 3 GB of networks.
     """
     return 0 if len(config.args) == 1 and Path(config.args[0].partition("::")[0]).is_file() else 2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The one command that measures the promises."""
+    parser.addoption(
+        "--promises",
+        action="store_true",
+        help="run the tests that measure promises, long ones too; write docs/reliability.md",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The promises' tests are chosen by their own mark."""
+    if config.getoption("--promises"):
+        config.option.markexpr = "promise"
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Measured:
+    """Says what a test with `@pytest.mark.promise` found."""
+    (mark,) = request.node.iter_markers("promise")
+    (name,) = mark.args
+    assert name in promises.PROMISES
+
+    def note(what: str, figure: str) -> None:
+        test = request.node.nodeid.partition("[")[0]
+        long = request.node.get_closest_marker("soak") is not None
+        request.node.user_properties.append(("promise", [name, what, figure, test, long]))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what was measured, and put it into the page when all of it was."""
+    reporter = terminalreporter
+    if not reporter.config.getoption("--promises"):
+        return
+    found = [
+        Finding(*values)
+        for report in reporter.stats.get("passed", [])
+        for name, values in report.user_properties
+        if name == "promise"
+    ]
+    reporter.section("promises")
+    for one in promises.joined(found):
+        reporter.write_line(f"{one.promise:4} {one.what}: {one.figure}")
+    if any(reporter.stats.get(kind) for kind in ("failed", "error")):
+        reporter.write_line("not all hold: docs/reliability.md stays as it is")
+    elif reporter.config.args == reporter.config.getini("testpaths"):
+        promises.write(found)
