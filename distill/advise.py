@@ -8,12 +8,12 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from distill import component, storage, yamlio
 from distill.data import folder, images, splits
@@ -133,13 +133,17 @@ def write(files: dict[Path, str]) -> None:
     Raises:
         PreflightError: If one is, or cannot be written. Nothing is written in the first case.
     """
-    if there := [path for path in files if path.exists()]:
+    content = {path: text.encode(errors="surrogateescape") for path, text in files.items()}
+    there = [path for path in files if path.exists()]
+    others = [path for path in there if not path.is_file() or path.read_bytes() != content[path]]
+    if others or len(there) == len(files):  # not what a killed process began
         raise PreflightError(
-            f"{there[0]}: is there already; nothing was written",
+            f"{(others or there)[0]}: is there already; nothing was written",
             hint="give another --out, or move it away",
         )
-    for path, text in files.items():
-        storage.write(path, text.encode(errors="surrogateescape"))
+    for path, data in content.items():
+        storage.sweep(path.parent, below=False)
+        storage.write(path, data)
 
 
 def _bad(root: Path, entries: Sequence[Entry]) -> list[tuple[Entry, str]]:
@@ -160,10 +164,9 @@ def _bad(root: Path, entries: Sequence[Entry]) -> list[tuple[Entry, str]]:
 
 def _side(files: Sequence[Path]) -> int:
     """The median shorter side of a sample of images: the same whichever way up they are."""
-    sides = []
-    for path in files[:: max(1, len(files) // SAMPLE)]:
-        with Image.open(path) as image:
-            sides.append(min(image.size))
+    most = Data.model_fields["max_pixels"].default
+    some = files[:: max(1, len(files) // SAMPLE)]
+    sides = [min(images.check_header(path, max_pixels=most)) for path in some]
     return round(median(sides)) if sides else 0
 
 
@@ -295,6 +298,9 @@ def _data(found: Survey, size: int, split_file: Path | None) -> str:
             f"  # Training images that cannot be read, and are left out: {len(found.bad_train):,}.",
             "  on_bad_image: skip",
         ]
+        part = len(found.bad_train) / (len(found.train) + len(found.bad_train))
+        if part > Data.model_fields["max_bad"].default:
+            parts.append(f"  max_bad: {ceil(100 * part) / 100}")
     return "\n".join(parts)
 
 

@@ -12,9 +12,10 @@ import ast
 import difflib
 import importlib
 import inspect
+import os
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
@@ -34,6 +35,8 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 # Shared by the terms that compare features.
 Stages = Literal["last2", "all", "lg", "penultimate"]
 Projector = Literal["linear", "mlp", "conv", "attention", "orthogonal"]
+
+CODE = "DISTILL_CODE"  # of the environment: code that files may name, with commas between
 
 LISTED = 40  # known names that an error shows: a network's modules can be thousands
 
@@ -122,6 +125,28 @@ def load(package: str, name: str) -> Callable[..., Any]:
         Callable[..., Any],
         getattr(importlib.import_module(definition.module), definition.attribute),
     )
+
+
+def require_vouched(name: str, origin: object, vouched: Collection[str] = ()) -> None:
+    """Refuse code outside of distill that a file names, unless the user named it too.
+
+    A file of weights or a run directory may come from anywhere: to read it must not run code that
+    it chose.
+
+    Args:
+        name: Of a component, as the file has it.
+        origin: The file.
+        vouched: What the user's own recipe names; `DISTILL_CODE` in the environment adds to it.
+
+    Raises:
+        RecipeError: If it is `module:attribute`, and nobody but the file says so.
+    """
+    if ":" in name and name not in (*vouched, *os.environ.get(CODE, "").split(",")):
+        raise RecipeError(
+            f"{origin}: belongs to {name}, which is code outside distill",
+            hint=f"if you trust that code: {CODE}={name} before the command; in a recipe, "
+            f"model: {name} beside weights",
+        )
 
 
 def schema(fn: Callable[..., Any]) -> type[BaseModel]:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from distill import console, statistics, storage
+from distill import console, jsonio, statistics, storage
 from distill.data import datasets, splits
 from distill.data.datasets import Dataset
 from distill.engine import machine
 from distill.engine.caches import complete_caches
-from distill.engine.machine import Machine, StopRequest
+from distill.engine.machine import Machine
 from distill.engine.networks import trained
 from distill.engine.session import answers
 from distill.engine.train import train_teachers
@@ -29,7 +29,7 @@ from distill.models import weights
 from distill.recipe import Recipe
 from distill.statistics import Estimate, named
 from distill.subsets import Curve, Images, Plan, Student, Teaching, plan
-from distill.sweep import Part
+from distill.sweep import CONCLUDING, Part
 
 SEEN = 2000  # training images that a student is asked about, to compare with the test images
 
@@ -132,10 +132,9 @@ def efficiency(
     students = planned.students()
     shown = ", ".join(f"{size.images:,}" for size in planned.sizes)
     console.say(f"{out}: {len(students)} trials in {len(planned.curves)} curves at {shown} images")
-    with machine.stop_request() as stop:
-        for name, recipe in recipes.items():
-            _prepare(recipe, planned.students(name), out, here, stop, shard)
-        _train(_part(students, shard), out, here, stop, memory)
+    for name, recipe in recipes.items():
+        _prepare(recipe, planned.students(name), out, here, shard)
+    _train(_part(students, shard), out, here, memory)
     runs = [_run(one, out) for one in students]
     done = [
         outcome(run) is not None or _failure(one, out) is not None
@@ -143,7 +142,7 @@ def efficiency(
     ]
     if not all(done) or not conclude:
         return Part(sum(done), len(done), str(out))
-    with storage.lock(out):
+    with storage.lock(out, seconds=CONCLUDING):
         return _conclude(planned, recipes, out, here)
 
 
@@ -191,13 +190,12 @@ def _prepare(
     students: list[Student],
     out: Path,
     here: Machine,
-    stop: StopRequest,
     shard: tuple[int, int],
 ) -> None:
     """What the recipe itself names and its students use: teachers, and a cache of all images."""
     heard = [student.trial.recipe for student in students]
     if any(spec.recipe for one in heard for spec in one.teachers):
-        train_teachers(recipe, out, here, stop, parts=shard[1])
+        train_teachers(recipe, out, here, parts=shard[1])
     cache = recipe.cache
     if (
         cache
@@ -206,7 +204,7 @@ def _prepare(
     ):
         read = cache.model_copy(update={"fill": False})
         whole = _placed(recipe, out).model_copy(update={"cache": read})
-        complete_caches(whole, out, here, stop, shard=shard)
+        complete_caches(whole, out, here, shard=shard)
 
 
 def _placed(recipe: Recipe, out: Path) -> Recipe:
@@ -243,20 +241,18 @@ def _before(student: Student) -> list[Student]:
     return [one for teacher in student.teachers for one in (*_before(teacher), teacher)]
 
 
-def _train(
-    students: list[Student], out: Path, here: Machine, stop: StopRequest, memory: float | None
-) -> None:
+def _train(students: list[Student], out: Path, here: Machine, memory: float | None) -> None:
     """Train students after their teachers, but for those whose teachers failed."""
     if teachers := [teacher for student in students for teacher in student.teachers]:
-        _train(teachers, out, here, stop, memory)
+        _train(teachers, out, here, memory)
     ready = [one for one in students if not any(_failure(t, out) for t in one.teachers)]
     placed = {_run(one, out): _placed(one.trial.recipe, out) for one in ready}
     left = [recipe for run, recipe in placed.items() if (o := outcome(run)) is None or o.failed]
     for recipe in {one.cache and one.cache.path: one for one in left}.values():
-        complete_caches(recipe, out, here, stop, shard=(1, 1))
+        complete_caches(recipe, out, here, shard=(1, 1))
     for folder in dict.fromkeys(run.parent for run in placed):
         trials = [Trial(run.name, placed[run]) for run in placed if run.parent == folder]
-        run_trials(trials, folder, here, stop, split="test", memory=memory)
+        run_trials(trials, folder, here, split="test", memory=memory)
 
 
 def _run(student: Student, out: Path) -> Path:
@@ -382,12 +378,12 @@ def _seen(recipe: Recipe, run: Path, images: Images, dataset: Dataset, here: Mac
     """Accuracy on some of the images that a student was trained on, kept beside its trial."""
     file = run / "train.json"
     try:
-        return float(json.loads(file.read_text(encoding="utf-8"))["top1"])
+        return float(jsonio.mapping(file.read_text(encoding="utf-8"))["top1"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never asked, or to be asked again
     ids = images.of(recipe.data)
     ids = splits.subset(ids, images.labels, min(1.0, SEEN / len(ids)), recipe.data.seed)
-    network = weights.load(run).to(here.device)
+    network = weights.load(run, vouched=[recipe.student.model]).to(here.device)
     # To the network they are one split like another.
     told = answers(network, "val", recipe, replace(dataset, val_ids=ids), here)
     kept = {"top1": scores(told).top1, "images": len(ids)}

@@ -21,6 +21,24 @@ def require_same(before: Any, now: Any, *, origin: str, hint: str) -> None:
         raise IdentityError(f"{origin}: " + "; ".join(changed[:_LISTED]) + more, hint=hint)
 
 
+def require_known(found: Any, known: int, origin: str) -> None:
+    """Raise if a newer version wrote a file, before the rest of it is looked at.
+
+    Args:
+        found: The number of its format; what is no number is for the reader to refuse.
+        known: The newest that this version knows.
+        origin: The file.
+
+    Raises:
+        IdentityError: If it did.
+    """
+    if isinstance(found, int) and found > known:
+        raise IdentityError(
+            f"{origin}: written by a newer version (format {found}, known is {known})",
+            hint="update distill: pip install --upgrade distill-kd",
+        )
+
+
 def differences(before: Any, now: Any, at: str = "") -> list[str]:
     """The fields in which two pieces of plain data differ, as `a.b: old -> new`."""
     if isinstance(before, dict) and isinstance(now, dict):

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill import console, storage
-from distill.data import datasets, images, packed, tar_index
+from distill import console, jsonio, storage
+from distill.data import datasets, images, packed, stored, tar_index
 from distill.data.encoded import Stored
 from distill.data.packed import Plan, Settings, Shard, Source
 from distill.data.shelf import File
@@ -34,17 +34,19 @@ from distill.data.workers import in_processes
 from distill.errors import (
     DamagedError,
     DistillError,
+    IdentityError,
     IncompatibleError,
     IncompleteError,
     PreflightError,
     Stopped,
 )
-from distill.identity import require_same
+from distill.identity import require_known, require_same
 from distill.recipe import Data, Recipe
 
 if TYPE_CHECKING:
     from distill.engine.machine import StopRequest
 
+FORMAT = 1  # of pack.json
 _TEST = TESTS[0]
 _SAY_SECONDS = 10.0
 _LISTED = 10
@@ -159,7 +161,7 @@ def _source(data: Data) -> Stored:
         raise IncompatibleError(
             "data.transfer: its images have no classes, and a pack is of images with classes"
         )
-    found = datasets.stored(data)
+    found = stored.load(data)
     if found is None:
         raise IncompatibleError(
             f"data.name: {data.name} is a few files that are read into memory at once; a pack "
@@ -172,8 +174,14 @@ def _source(data: Data) -> Stored:
 
 def _require_own(out: Path) -> None:
     """Refuse a folder of somebody else's files."""
-    others = [item.name for item in out.iterdir()] if out.is_dir() else []
-    if PACK not in others and any(not name.startswith(".") for name in others):
+    try:
+        there = {item.name for item in out.iterdir()}
+    except OSError:
+        return  # it is not there yet, or else its lock says what is wrong
+    others = {name for name in there if not name.startswith(".")}
+    if ".lock" in there:
+        others.discard(CLASSES)  # written first: a process was killed right after it
+    if PACK not in there and others:
         raise PreflightError(
             f"{out}: holds something else, such as {min(others)!r}; nothing was written",
             hint="give a folder of its own",
@@ -185,9 +193,9 @@ def _begin(
 ) -> dict[str, Plan]:
     """The plan of the pack: that which lies in `out`, or else one that is written there."""
     identity = {
-        "format": 1,
+        "format": FORMAT,
         "source": {
-            "images": datasets.content(found),
+            "images": stored.content(found),
             "classes": list(found.classes),
             **{
                 split: {
@@ -203,9 +211,12 @@ def _begin(
     path = out / PACK
     if path.exists():
         try:
-            there = json.loads(path.read_bytes())
+            there = jsonio.mapping(path.read_bytes())
             before = there["identity"]
-            plan = {split: Plan(**found) for split, found in there["plan"].items()}
+            require_known(before["format"], FORMAT, str(path))
+            plan = {split: jsonio.checked(Plan, there["plan"][split]) for split in (TRAIN, _TEST)}
+        except IdentityError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedError(f"{path}: {error}", hint="give another --out") from None
         require_same(
@@ -255,8 +266,7 @@ def _finish(out: Path, split: str, shards: Sequence[Shard]) -> dict[str, Any]:
     if any((out / shard.section).exists() for shard in shards):
         files = {shard.name: File((out / shard.name).stat().st_size, 0) for shard in shards}
         tar_index.write(path, _sections(out, split, shards), files, checked=True)
-        for shard in shards:
-            (out / shard.section).unlink(missing_ok=True)
+        storage.remove(*(out / shard.section for shard in shards))
     index = tar_index.read(path)
     assert index is not None
     return {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from distill import console, evaluate, models, statistics, storage
+from distill import console, evaluate, jsonio, models, statistics, storage
 from distill.cache.layout import Manifest
 from distill.cache.read import Reader
 from distill.cache.store import Store, places
@@ -30,7 +31,7 @@ from distill.grid import Trial, softened
 from distill.order import Goal, ranked, summary
 from distill.recipe import Recipe, Teacher
 from distill.statistics import named
-from distill.sweep import Part, alone, ready
+from distill.sweep import CONCLUDING, Part, alone, ready
 
 EPOCHS = 5  # of a proxy student, or a tenth of the recipe's where that is more
 
@@ -116,20 +117,19 @@ def rank(
     asked = recipe.model_copy(update={"teachers": _distinct(recipe.teachers), "cache": None})
     here = machine.setup(workers=workers, checkpoint_seconds=checkpoint_seconds)
     number, count = shard
-    with machine.stop_request() as stop:
-        train_teachers(asked, out, here, stop, parts=count)
-        dataset = datasets.load(ready(asked, out).data)
-        fitting, refused = _fitting(asked, out, dataset)
-        short = _short(ready(fitting, out), epochs)
-        complete_caches(_cached(short), out, here, stop, shard=shard)
-        chosen_seeds = list(dict.fromkeys(seeds)) or [recipe.train.seed]
-        contest = _contest(short, dataset, ensembles, chosen_seeds)
-        trials = [*itertools.chain(*contest.proxies), *contest.controls]
-        run_trials(trials[number - 1 :: count], out / "trials", here, stop, memory=memory)
+    train_teachers(asked, out, here, parts=count)
+    dataset = datasets.load(ready(asked, out).data)
+    fitting, refused = _fitting(asked, out, dataset)
+    short = _short(ready(fitting, out), epochs)
+    complete_caches(_cached(short), out, here, shard=shard)
+    chosen_seeds = list(dict.fromkeys(seeds)) or [recipe.train.seed]
+    contest = _contest(short, dataset, ensembles, chosen_seeds)
+    trials = [*itertools.chain(*contest.proxies), *contest.controls]
+    run_trials(trials[number - 1 :: count], out / "trials", here, memory=memory)
     done = [outcome(out / "trials" / trial.name) is not None for trial in trials]
     if not all(done) or not conclude:
         return Part(sum(done), len(trials), str(out))
-    with storage.lock(out):
+    with storage.lock(out, seconds=CONCLUDING):
         rows, control = _rows(contest, out, here, goal)
         best = next(one for one in contest.candidates if one.name == rows[0]["name"])
         chosen = _chosen(recipe, [short.teachers[i] for i in best.members])
@@ -334,7 +334,9 @@ def _temperature(recipe: Recipe) -> float:
 def _rates(recipe: Recipe, dataset: Dataset, out: Path, here: Machine) -> dict[str, float]:
     """Images that each teacher answers in a second here, measured once and kept."""
     file = out / "rates.json"
-    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    known: dict[str, float] = {}
+    with suppress(OSError, ValueError):  # never measured, or to be measured again
+        known = jsonio.checked(dict[str, float], jsonio.load(file.read_text(encoding="utf-8")))
     for spec in recipe.teachers:
         if str(spec.name) not in known:
             network = placed(models.build_teacher(spec, **facts(dataset)), here)

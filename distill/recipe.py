@@ -130,8 +130,8 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """All that decides the result, as plain data: the recipe without places on disk."""
         data = self.model_dump()
-        for key in ("root", "download", "split_file", "transfer"):
-            del data["data"][key]
+        for key in ("root", "download", "split_file", "transfer", "manifest", "max_bad"):
+            del data["data"][key]  # the last two only refuse
         if self.transfers:
             data["data"]["transfer"] = True
         for key in ("control", "shuffle_shards"):  # of later versions
@@ -139,6 +139,7 @@ class Recipe(Section):
                 del data["data"][key]
         if self.data.decoder == "exact":
             del data["data"]["decoder"]
+        del data["train"]["deterministic"]  # of last bits; checkpoints compare it
         if not self.train.sync_batchnorm:
             del data["train"]["sync_batchnorm"]
         if self.cache is None:
@@ -312,6 +313,8 @@ def _contradictions_of_data(data: Data) -> Iterator[tuple[str, str]]:
         yield "split_file", "only a folder of images has one"
     if data.shuffle_shards and data.name != "webdataset":
         yield "shuffle_shards", "only webdataset has shards"
+    if data.manifest and data.name.partition("/")[0] not in ("folder", "webdataset", "hf"):
+        yield "manifest", "only images in files have one"
     if far and data.name != "webdataset":
         yield "root", "only the shards of webdataset are read from an object store"
     elif far and not data.shuffle_shards and not data.transfer:

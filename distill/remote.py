@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 from distill.errors import PreflightError, RecipeError
 
+KNOWN = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https", "memory")
+
 
 def is_remote(place: str) -> bool:
     """Whether a place is an address and no path on this machine."""
     return "://" in place and not place.startswith("file://")
+
+
+def tells_a_secret(place: str) -> bool:
+    """Whether an address has credentials in it: `user:password@`, or a signature after a `?`."""
+    return bool(re.search(r"://(?:[^/?#]*@|[^#]*\?)", place))
 
 
 def open_files(url: str, **options: Any) -> tuple[Any, str]:
@@ -28,6 +36,16 @@ def open_files(url: str, **options: Any) -> tuple[Any, str]:
     import fsspec
 
     protocol = url.partition("://")[0]
+    # The others of fsspec open archives, run commands on other machines or read templates.
+    if protocol not in KNOWN or "::" in url:
+        raise RecipeError(
+            f"{url}: Protocol not known: {protocol}", hint=f"known are {', '.join(KNOWN)}"
+        )
+    if tells_a_secret(url):
+        raise RecipeError(
+            f"{url}: an address with a password or a signature in it",
+            hint="give credentials in the environment, in ~/.netrc or in the store's own settings",
+        )
     try:
         # Others are at work: what was listed a moment ago says nothing.
         files, root = fsspec.core.url_to_fs(url.rstrip("/"), use_listings_cache=False, **options)

@@ -108,7 +108,16 @@ class Data(Section):
         None,
         description="takes away the order of all images' pixels, or what the training labels say",
     )
-    on_bad_image: Literal["error", "skip"] = "error"
+    manifest: str | None = Field(
+        None,
+        description="of `distill check --data`: each image is held against it as it is read",
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error", description="of training images; a bad test image is always an error"
+    )
+    max_bad: Annotated[float, Ge(0), Le(1)] = Field(
+        0.05, description="part of the training images that may be skipped, no more"
+    )
     max_pixels: Count = Field(64_000_000, description="an image with more counts as bad")
     seed: Annotated[int, Ge(0)] = Field(0, description="decides splits and views")
 
@@ -196,4 +205,9 @@ class Train(Section):
         False, description="BatchNorm sees the whole batch where several devices share it"
     )
     eval_epochs: Count = Field(1, description="epochs between two looks at the validation split")
+    deterministic: bool = Field(
+        False,
+        description="the same bits each time, with slower kernels; a run goes on only on the same "
+        "device, with the same threads, processes and versions",
+    )
     seed: Annotated[int, Ge(0)] = Field(0, description="decides initial weights, order, dropout")

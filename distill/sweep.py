@@ -26,6 +26,7 @@ from distill.recipe import Cache, Recipe
 from distill.statistics import Estimate, named
 
 VAL = 0.1  # of the training images, held out where the recipe holds out none
+CONCLUDING = 3600.0  # seconds that a part of a job waits for another that ended at the same moment
 
 
 class Sweep(NamedTuple):
@@ -119,14 +120,13 @@ def sweep(
     }
     here = machine.setup(**options)  # type: ignore[arg-type]
     console.say(f"{out}: {len(grid)} settings, {len(trials)} trials")
-    with machine.stop_request() as stop:
-        train_teachers(asked, out, here, stop, parts=count)
-        complete_caches(recipe, out, here, stop, shard=shard)
-        run_trials(trials[number - 1 :: count], out / "trials", here, stop, memory=memory)
+    train_teachers(asked, out, here, parts=count)
+    complete_caches(recipe, out, here, shard=shard)
+    run_trials(trials[number - 1 :: count], out / "trials", here, memory=memory)
     done = [outcome(out / "trials" / trial.name) is not None for trial in trials]
     if not all(done) or not conclude:
         return Part(sum(done), len(trials), str(out))
-    with storage.lock(out):
+    with storage.lock(out, seconds=CONCLUDING):
         return _conclude(recipe, axes, grid, controls, out, here, options)
 
 
@@ -238,7 +238,8 @@ def _tested(
     for trial in setting.trials:
         run = out / "trials" / trial.name
         train(trial.recipe, run, **options)
-        network = weights.load(run).to(here.device)
+        own = [trial.recipe.student.model]
+        network = weights.load(run, vouched=own).to(here.device)
         dataset = datasets.load(trial.recipe.data)
         correct.append(answers(network, "test", trial.recipe, dataset, here).correct)
     rows = np.stack(correct)

@@ -12,6 +12,7 @@ Path = tuple[str | int, ...]
 
 MAX_CHARACTERS = 1_000_000
 MAX_NODES = 10_000  # a recipe has hundreds; an alias bomb has billions
+_TOO_MANY = f"more than {MAX_NODES:,} values"
 
 
 class YamlError(ValueError):
@@ -30,6 +31,15 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with the YAML 1.2 core scalars (PyYAML's own are YAML 1.1)."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (PyYAML's own name)
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:  # a megabyte of them would take seconds
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise YamlError([(line, _TOO_MANY)])
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 _SCALARS = {
@@ -68,7 +78,8 @@ def load(text: str) -> tuple[Any, dict[Path, int]]:
         raise YamlError([(line, f"character U+{error.character:04X} is not allowed")]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise YamlError([(mark.line + 1 if mark else 1, str(error.problem))]) from None
+        where = (mark.line + 1, f" (column {mark.column + 1})") if mark else (1, "")
+        raise YamlError([(where[0], f"{error.problem}{where[1]}")]) from None
     except RecursionError:
         raise YamlError([(1, "nested too deeply")]) from None
 
@@ -106,7 +117,7 @@ def _walk(
 ) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
     if len(lines) > MAX_NODES:
-        raise YamlError([(1, f"more than {MAX_NODES:,} values")])
+        raise YamlError([(1, _TOO_MANY)])
     if what := _fault(node):
         problems.append((node.start_mark.line + 1, what))
     if isinstance(node, yaml.MappingNode):
@@ -138,5 +149,5 @@ def _fault(node: yaml.Node) -> str:
         if kind == "float" and math.isinf(float(node.value)):
             return f"{node.value:.40}: too large for a number"
     elif kind not in ("str", "map", "seq"):
-        return f"the tag {node.tag!r} is not allowed"
+        return f"the tag {node.tag!r:.80} is not allowed"
     return ""

@@ -30,17 +30,20 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The one command that measures the promises."""
-    parser.addoption(
-        "--promises",
-        action="store_true",
-        help="run the tests that measure promises, long ones too; write docs/reliability.md",
-    )
+    what = "run the tests that measure promises, {}, and write docs/reliability.md"
+    for option, marked, which in (
+        ("--promises", "promise", "long ones too"),
+        ("--promises-short", "promise and not soak", "but no long ones"),
+    ):
+        parser.addoption(
+            option, dest="promises", action="store_const", const=marked, help=what.format(which)
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The promises' tests are chosen by their own mark."""
-    if config.getoption("--promises"):
-        config.option.markexpr = "promise"
+    if marked := config.getoption("promises"):
+        config.option.markexpr = marked
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def measured(request: pytest.FixtureRequest) -> Measured:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what was measured, and put it into the page when all of it was."""
     reporter = terminalreporter
-    if not reporter.config.getoption("--promises"):
+    if not reporter.config.getoption("promises"):
         return
     found = [
         Finding(*values)

@@ -7,8 +7,8 @@ A test that measures a promise is marked with its number and says what it found:
         ...
         measured("kill -9 while training", f"{kills} of {kills} without a trace")
 
-`pytest --promises` runs these tests alone, the long ones too, and writes what they say into
-docs/reliability.md.
+`pytest --promises` runs these tests alone, the long ones too (`--promises-short`: without them),
+and writes what they say into docs/reliability.md.
 """
 
 from __future__ import annotations

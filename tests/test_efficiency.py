@@ -27,6 +27,7 @@ from distill.subsets import plan, require_comparable
 from distill.sweep import Part
 from tests.engine import processes
 from tests.engine.conftest import STUDENT, TEACHER
+from tests.promises import Measured
 
 ALL = 111  # images that the recipe trains on
 SIZES = (40, ALL)
@@ -492,10 +493,13 @@ def test_parts_are_one_whole(
     assert trial_files(tmp_path / "all" / "x") == expected
 
 
+@pytest.mark.promise("R1")
 @pytest.mark.parametrize(
     "kills", [4, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 )
-def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path, kills: int) -> None:
+def test_kill_9_at_random_points_leaves_no_trace(
+    folder: Path, tmp_path: Path, kills: int, measured: Measured
+) -> None:
     def start(place: Path) -> ForkServerProcess:
         if not place.exists():
             shutil.copytree(folder / "teacher", place / "teacher")
@@ -513,6 +517,7 @@ def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path, k
             )
             assert ours == theirs, name
         assert trial_files(place / "x") == expected
+    measured("kill -9 of sample-efficiency", f"{kills} kills, every file the same to the bit")
 
 
 def measure(folder: Path, place: Path) -> None:

@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
+
+# Its public function rounds to float32 first.
+from torchmetrics.functional.classification.calibration_error import (
+    _ce_compute as torchmetrics_ece,
 )
 
 from distill import evaluate
+from distill.diagnostics import calibration, confusion
 from distill.errors import DivergedError
 from distill.evaluate import Predictions
 from distill.types import Outputs
+from tests.promises import Measured
 
 
 class Echo(nn.Module):
@@ -93,6 +101,91 @@ def test_scores_are_those_of_scikit_learn_and_torchmetrics(seed: int) -> None:
     if float(p.float().max()) < 1.0:  # torchmetrics gives full confidence a sixteenth bin
         reference = multiclass_calibration_error(p.float(), labels, classes, n_bins=15, norm="l1")
         assert found.ece == pytest.approx(float(reference), abs=2e-6)
+
+
+def extreme(seed: int) -> tuple[Tensor, Tensor]:
+    """What random answers hardly are: one image, two classes, all wrong, nearly sure, tied."""
+    draw = torch.Generator().manual_seed(seed)
+    n, classes = (1, 2, 7, 60)[seed % 4], (2, 3, 6, 40)[seed // 4 % 4]
+    labels = torch.randint(classes, (n,), generator=draw)
+    logits = torch.randn(n, classes, generator=draw)
+    match seed % 5:
+        case 0:
+            logits[torch.arange(n), labels] += 12.0  # sure, and right
+        case 1:
+            logits[torch.arange(n), (labels + 1) % classes] += 12.0  # sure, and wrong
+        case 2:
+            logits *= 1e-3  # knows nothing
+        case 3:
+            logits = logits.round()  # ties
+    return logits, labels
+
+
+@pytest.mark.promise("R20")
+def test_the_largest_difference_to_the_reference_libraries(measured: Measured) -> None:
+    """All in float64, where an error of a formula cannot hide behind rounding."""
+    worst: dict[str, float] = dict.fromkeys(
+        ("top-1", "top-5", "NLL", "ECE", "Brier", "confusion", "macro-F1"), 0.0
+    )
+    compared = dict.fromkeys(worst, 0)
+
+    def compare(name: str, found: float, *references: float) -> None:
+        compared[name] += 1
+        worst[name] = max(worst[name], *(abs(found - float(told)) for told in references))
+
+    for logits, labels in [*map(case, range(160)), *map(extreme, range(40))]:
+        told = predict(logits, labels)
+        found, y, classes = evaluate.scores(told), labels.numpy(), logits.shape[1]
+        p = logits.double().softmax(dim=1)
+        known = list(range(classes))
+        tied = any(len(row.unique()) < classes for row in logits)
+        counts = multiclass_confusion_matrix(logits, labels, classes).numpy()
+        compare(
+            "top-1",
+            found.top1,
+            sklearn.metrics.accuracy_score(y, logits.argmax(dim=1).numpy()),
+            counts.trace() / counts.sum(),
+        )
+        if classes > 5 and not tied:  # of a tie scikit-learn takes the later class
+            top5 = sklearn.metrics.top_k_accuracy_score(y, logits.numpy(), k=5, labels=known)
+            compare("top-5", found.top5, top5)
+        else:  # the plain rule: fewer than five are as probable
+            rank = [(row >= row[label]).sum() for row, label in zip(logits, labels, strict=True)]
+            compare("top-5", found.top5, np.mean([int(r) <= 5 for r in rank]))
+        nll = [torch.nn.functional.cross_entropy(logits.double(), labels)]
+        if p.min() > 1e-12:  # scikit-learn clips what is smaller than the machine's epsilon
+            nll.append(sklearn.metrics.log_loss(y, p.numpy(), labels=known))
+        compare("NLL", found.nll, *nll)
+        if float(p.max()) < 1.0:  # torchmetrics gives full confidence a sixteenth bin
+            sure, best = p.max(dim=1)
+            reference = torchmetrics_ece(sure, (best == labels).double(), 15, norm="l1")
+            compare("ECE", found.ece, reference, plain_ece(told.confidence, told.correct))
+        truth = np.eye(classes)[y]
+        compare(
+            "Brier",
+            calibration.brier(logits.numpy(), y).mean(),
+            ((p.numpy() - truth) ** 2).sum(axis=1).mean(),
+            *(
+                [sklearn.metrics.brier_score_loss(y, p.numpy(), labels=known)]
+                if classes > 2
+                else []
+            ),
+        )
+        own = confusion.confusion(y, told.predicted, classes)
+        matrix = sklearn.metrics.confusion_matrix(y, told.predicted, labels=known)
+        compare("confusion", 0.0, np.abs(own - matrix).max(), np.abs(own - counts).max())
+        present = np.unique(y)
+        f1 = sklearn.metrics.f1_score(
+            y, told.predicted, labels=present, average="macro", zero_division=0.0
+        )
+        compare("macro-F1", confusion.macro_f1(own), f1)
+    for name, difference in worst.items():
+        assert difference <= 1e-12, (name, difference)
+        assert compared[name] > 100
+        measured(
+            f"{name}, random and extreme cases",
+            f"{compared[name]} compared, {difference:.0e} apart at most",
+        )
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -30,6 +30,7 @@ from distill.teacher import Ensemble
 from distill.types import Batch, Outputs
 from tests.engine import processes
 from tests.engine.conftest import STUDENT, TEACHER
+from tests.promises import Measured
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,10 @@ def timeless(found: dict[str, Any]) -> Any:
     return [line for line in lines if '"out"' not in line]
 
 
-def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.promise("R1")
+def test_kill_9_at_random_points_leaves_no_trace(
+    folder: Path, tmp_path: Path, measured: Measured
+) -> None:
     def start(out: Path) -> ForkServerProcess:
         return processes.rank(folder, out)
 
@@ -186,6 +190,7 @@ def test_kill_9_at_random_points_leaves_no_trace(folder: Path, tmp_path: Path) -
     expected = timeless(json.loads((tmp_path / "whole" / "ranking.json").read_text()))
     for out in processes.killed(start, tmp_path, 6, seconds=seconds):
         assert timeless(json.loads((out / "ranking.json").read_text())) == expected
+    measured("kill -9 of rank-teachers", "6 kills, the same ranking to the bit")
 
 
 def outcomes(correct: np.ndarray, nll: float = 1.0) -> list[Outcome]:

@@ -300,6 +300,7 @@ def test_the_digest_knows_no_places(write: Callable[..., Path], tmp_path: Path) 
         "data.root=there",
         "data.split_file=b.csv",
         "data.download=true",
+        "train.deterministic=true",
         "teachers.0.recipe=moved.yaml",
         "teachers.0.recipe.data.root=there",
         "teachers.1.weights=copy/big",
@@ -381,7 +382,8 @@ def test_the_digest_knows_everything_else(write: Callable[..., Path]) -> None:
             digests.add(Recipe.load(path, [*base, *more]).digest())
         digests.add(Recipe.load(path, [*base, *more, change]).digest())
     assert len(digests) == len(CHANGES) + 3
-    places = {"root", "download", "split_file", "transfer"}
+    places = {"root", "download", "split_file", "transfer", "manifest", "max_bad"}
+    places.add("deterministic")  # of last bits, which checkpoints compare
     for name, section in {"data": Data, "optimizer": Optimizer, "train": Train}.items():
         touched = {c.partition("=")[0].split(".")[1] for c in CHANGES if c.startswith(f"{name}.")}
         assert touched == set(section.model_fields) - places

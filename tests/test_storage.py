@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
+import errno
+import fcntl
 import hashlib
-import io
+import json
 import os
 import random
 import shutil
@@ -13,99 +14,20 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from distill import storage
-from distill.engine import checkpoint
-from distill.engine.checkpoint import Checkpoint
+from distill import console, storage
 from distill.errors import DamagedError, PreflightError
-from tests.engine import processes
+from tests.crashes import Action, crash, nothing, unordered
+from tests.promises import Measured
 
 OLD, NEW = b"old" * 500, b"new!" * 1000
 FILES = {"model.safetensors": b"m" * 3000, "ema.safetensors": b"e" * 2000, "state.json": b"{}"}
-# Every call that changes a disk, or asks it to keep a change. A reader's calls are among them.
-CALLS = ("mkdir", "open", "fsync", "replace", "rename", "unlink", "rmdir")
-
-
-class _Torn(io.FileIO):
-    """A file whose writes reach the disk in two halves, with a chance to die between them."""
-
-    tick: Callable[[], None]
-
-    def write(self, data: Any, /) -> int:
-        half = len(data) // 2
-        written = super().write(data[:half])
-        type(self).tick()
-        written += super().write(data[half:])
-        type(self).tick()
-        return written
-
-
-def _instrument(tick: Callable[[], None]) -> None:
-    """Call `tick` before and after every step of this process that reaches the disk."""
-
-    def around(call: Callable[..., Any]) -> Callable[..., Any]:
-        def stepped(*args: Any, **kwargs: Any) -> Any:
-            tick()
-            result = call(*args, **kwargs)
-            tick()
-            return result
-
-        return stepped
-
-    for name in CALLS:
-        setattr(os, name, around(getattr(os, name)))
-    plain = builtins.open
-
-    def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if mode != "wb":
-            return plain(file, mode, *args, **kwargs)
-        _Torn.tick = staticmethod(tick)
-        tick()
-        handle = _Torn(file, "wb")
-        tick()
-        return handle
-
-    io.open = opened
-
-
-def _crash(action: Callable[[Path], None], prepare: Callable[[Path], None], root: Path) -> None:
-    """In `root/N`, prepare and then act, and die at the N-th step; until there is none left."""
-    point = status = 0
-    while status == 0:
-        point += 1
-        folder = root / f"{point:03d}"
-        folder.mkdir()
-        prepare(folder)
-        child = os.fork()
-        if child == 0:
-            left = iter(range(point - 1, -1, -1))
-
-            def tick(left: Iterator[int] = left) -> None:
-                if next(left) == 0:
-                    os._exit(9)
-
-            _instrument(tick)
-            action(folder)
-            os._exit(0)
-        status = 9 - os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    (root / "done").write_text(str(status))
-
-
-def _crashed_folders(
-    action: Callable[[Path], None], prepare: Callable[[Path], None], root: Path
-) -> list[Path]:
-    """What every death left behind, and last what the action leaves when it is not disturbed."""
-    process = processes.context.Process(target=_crash, args=(action, prepare, root))
-    process.start()
-    process.join()
-    assert (root / "done").read_text() == "9"  # the last child ended by itself
-    return sorted(path for path in root.iterdir() if path.is_dir())
 
 
 def _write_old(folder: Path) -> None:
@@ -116,29 +38,37 @@ def _write_new(folder: Path) -> None:
     storage.write(folder / "file", NEW)
 
 
-def test_a_file_is_old_or_new_wherever_the_writer_dies(tmp_path: Path) -> None:
-    folders = _crashed_folders(_write_new, _write_old, tmp_path)
+def _crashed(action: Action, prepare: Action, root: Path) -> list[Path]:
+    """What each death left, and last what is left undisturbed."""
+    found = crash(action, root, prepare=prepare, again=False)
+    assert len(found.deaths) == found.points
+    return [*(death.place for death in found.deaths), found.whole]
+
+
+@pytest.mark.promise("R2")
+def test_a_file_is_old_or_new_wherever_the_writer_dies(tmp_path: Path, measured: Measured) -> None:
+    folders = _crashed(_write_new, _write_old, tmp_path)
     states = [(folder / "file").read_bytes() for folder in folders]
-    assert len(states) >= 12
+    assert len(states) >= 8
     assert set(states) == {OLD, NEW}
     assert states == sorted(states, key=[OLD, NEW].index)  # new once renamed, and never old again
     for folder in folders:
         with storage.lock(folder):  # the next owner sweeps what the dead one left
             assert {path.name for path in folder.iterdir()} == {".lock", "file"}
-
-
-def _nothing(folder: Path) -> None:
-    pass
+    measured("death at every step: a file", f"{len(states)} of {len(states)} old or new")
 
 
 def _write_files(folder: Path) -> None:
     storage.write_folder(folder / "sub" / "step", FILES)
 
 
-def test_a_folder_is_whole_or_not_there_wherever_the_writer_dies(tmp_path: Path) -> None:
-    folders = _crashed_folders(_write_files, _nothing, tmp_path)
+@pytest.mark.promise("R2")
+def test_a_folder_is_whole_or_not_there_wherever_the_writer_dies(
+    tmp_path: Path, measured: Measured
+) -> None:
+    folders = _crashed(_write_files, nothing, tmp_path)
     there = [(folder / "sub" / "step").exists() for folder in folders]
-    assert len(there) >= 25
+    assert len(there) >= 20
     assert there == sorted(there)
     assert there[0] is False
     assert there[-1] is True
@@ -147,6 +77,7 @@ def test_a_folder_is_whole_or_not_there_wherever_the_writer_dies(tmp_path: Path)
             assert [path.name for path in folder.glob("sub/*")] in (["step"], [])
         if (folder / "sub" / "step").exists():
             assert storage.read_folder(folder / "sub" / "step") == FILES
+    measured("death at every step: a folder", f"{len(there)} of {len(there)} whole or not there")
 
 
 def _published(folder: Path) -> None:
@@ -161,9 +92,27 @@ def _publish(folder: Path) -> None:
         storage.publish(aside, folder, first="mark", stale=("kept", "stale"))
 
 
-def test_published_files_are_old_or_new_wherever_the_writer_dies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("action", [_write_new, _write_files, _publish])
+def test_content_is_on_the_disk_before_its_name_is(tmp_path: Path, action: Action) -> None:
+    found = crash(action, tmp_path, most=2, again=False, prepare=_published)
+    assert {step.call for step in found.steps} >= {"open", "fsync"}
+    assert unordered(found.steps) == []
+
+
+@pytest.mark.parametrize("lost", ["file", "folder"])
+def test_a_write_that_is_not_brought_to_the_disk_would_be_found(tmp_path: Path, lost: str) -> None:
+    found = crash(_write_new, tmp_path, most=2, again=False)
+    syncs = [i for i, step in enumerate(found.steps) if step.call == "fsync"]
+    del found.steps[syncs[0 if lost == "file" else 1]]
+    assert len(unordered(found.steps)) == 1
+
+
+@pytest.mark.promise("R2")
+def test_published_files_are_old_or_new_wherever_the_writer_dies(
+    tmp_path: Path, measured: Measured
+) -> None:
     states = []
-    for folder in _crashed_folders(_publish, _published, tmp_path):
+    for folder in _crashed(_publish, _published, tmp_path):
         with storage.lock(folder):  # the next owner sweeps what the dead one had made
             files = {path.name: path.read_bytes() for path in folder.iterdir()}
         del files[".lock"]
@@ -174,64 +123,10 @@ def test_published_files_are_old_or_new_wherever_the_writer_dies(tmp_path: Path)
         states.append((files["mark"], files["kept"], "fresh" in files, "stale" in files))
     assert states[0] == (OLD, OLD, False, True)
     assert states[-1] == (NEW, NEW, True, False)
-
-
-def _state(step: int) -> Checkpoint:
-    return Checkpoint(step, {"model": {"w": torch.full((9,), float(step))}}, {"rows": step})
-
-
-def _two_checkpoints(folder: Path) -> None:
-    for step in (1, 2):
-        checkpoint.save(folder, _state(step), identity={})
-
-
-def _third_checkpoint(folder: Path) -> None:
-    checkpoint.save(folder, _state(3), identity={})
-
-
-def test_the_newest_whole_checkpoint_survives_wherever_the_writer_dies(tmp_path: Path) -> None:
-    steps = []
-    for folder in _crashed_folders(_third_checkpoint, _two_checkpoints, tmp_path):
-        told: list[str] = []
-        found = checkpoint.load(folder, identity={}, warn=told.append)
-        assert found is not None
-        assert not told
-        assert found.values == {"rows": found.step}
-        assert torch.equal(found.tensors["model"]["w"], torch.full((9,), float(found.step)))
-        steps.append(found.step)
-    assert set(steps) == {2, 3}
-    assert steps == sorted(steps)
-    assert steps.count(3) >= 6  # among them the deaths while the oldest was being removed
-
-
-def _log(folder: Path) -> None:
-    """Write a file; note what is synced and renamed, in order."""
-    log = []
-    fsync, replace = os.fsync, os.replace
-
-    def synced(descriptor: int) -> None:
-        fsync(descriptor)
-        log.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
-
-    def replaced(source: Any, target: Any) -> None:
-        replace(source, target)
-        log.append("rename")
-
-    os.fsync, os.replace = synced, replaced  # type: ignore[assignment]
-    storage.write(folder / "file", NEW)
-    (folder / "log").write_text(" ".join(log))
-
-
-def test_content_is_on_the_disk_before_its_name_is(tmp_path: Path) -> None:
-    process = processes.context.Process(target=_log, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert (tmp_path / "log").read_text() == "file rename folder"
+    measured("death at every step: files together", f"{len(states)} of {len(states)} old or new")
 
 
 def test_the_manifest_tells_size_and_hash_of_every_file(tmp_path: Path) -> None:
-    import json
-
     storage.write_folder(tmp_path / "step", FILES)
     assert {path.name for path in (tmp_path / "step").iterdir()} == {*FILES, storage.MANIFEST}
     manifest = json.loads((tmp_path / "step" / storage.MANIFEST).read_text())
@@ -243,6 +138,7 @@ def test_the_manifest_tells_size_and_hash_of_every_file(tmp_path: Path) -> None:
 
 
 def test_500_flipped_bytes_are_all_detected(tmp_path: Path) -> None:
+    """Those of the manifest too, where a blank becomes another that JSON does not mind."""
     folder, draw = tmp_path / "step", random.Random(0)
     storage.write_folder(folder, FILES)
     for name in [*FILES] * 150 + [storage.MANIFEST] * 50:
@@ -253,6 +149,16 @@ def test_500_flipped_bytes_are_all_detected(tmp_path: Path) -> None:
         with pytest.raises(DamagedError, match="step"):
             storage.read_folder(folder)
         (folder / name).write_bytes(whole)
+    manifest = (folder / storage.MANIFEST).read_bytes()
+    for at in (i for i, byte in enumerate(manifest) if byte in b" \n"):
+        for blank in b" \t\r\n":
+            if manifest[at] != blank:
+                (folder / storage.MANIFEST).write_bytes(
+                    manifest[:at] + bytes([blank]) + manifest[at + 1 :]
+                )
+                with pytest.raises(DamagedError, match="its content changed"):
+                    storage.read_folder(folder)
+    (folder / storage.MANIFEST).write_bytes(manifest)
     assert storage.read_folder(folder) == FILES
 
 
@@ -271,12 +177,78 @@ def test_cut_and_missing_files_are_detected(tmp_path: Path) -> None:
     assert storage.read_folder(folder) == FILES
 
 
-@pytest.mark.parametrize("manifest", ["[]", "3", '{"a": 3}', '{"a": {}}', '{"a": null}', "{"])
-def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, manifest: str) -> None:
-    (tmp_path / storage.MANIFEST).write_text(manifest)
+NONE = hashlib.sha256().hexdigest()  # of no content
+ODD = [
+    *([], 3, None, "a", [["a", 0]], {"a": 3}, {"a": {}}, {"a": None}, {"a": {"size": 0}}),
+    *({"a": {"size": size, "sha256": NONE}} for size in ("0", 0.0, False, None, [0], -1)),
+    *({"a": {"size": 0, "sha256": given}} for given in (None, 0, [NONE], NONE.upper(), "")),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, number: int) -> None:
+    (tmp_path / storage.MANIFEST).write_text(json.dumps(ODD[number], indent=1))
     (tmp_path / "a").write_text("")
-    with pytest.raises(DamagedError):
+    with pytest.raises(DamagedError, match=f"{storage.MANIFEST}: |a: "):
         storage.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"], ids=["", "cut", "deep", "bytes"])
+def test_a_manifest_that_is_no_json_is_damage(tmp_path: Path, text: str) -> None:
+    (tmp_path / storage.MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DamagedError, match=rf"{storage.MANIFEST}: its content changed"):
+        storage.read_folder(tmp_path)
+
+
+@pytest.mark.promise("R4")
+def test_nothing_outside_of_a_folder_is_read_whatever_its_manifest_names(
+    tmp_path: Path, measured: Measured
+) -> None:
+    (tmp_path / "secret").write_bytes(b"of another")
+    folder = tmp_path / "step"
+    names = ["../secret", str(tmp_path / "secret"), "/etc/passwd", "sub/file", ".", "..", "", "a\0"]
+    for name in names:
+        folder.mkdir()
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_bytes(b"of another")
+        _with_manifest(folder, name)
+        with pytest.raises(DamagedError, match="is no file of this folder"):
+            storage.read_folder(folder)
+        shutil.rmtree(folder)
+    links = {"link": tmp_path / "secret", "inside": Path("whole"), "nowhere": Path("nothing")}
+    kinds = [*links, "folder", "pipe"]
+    for name in kinds:
+        folder.mkdir()
+        (folder / "whole").write_bytes(b"of another")
+        if name in links:
+            (folder / name).symlink_to(links[name])
+        elif name == "folder":
+            (folder / name).mkdir()
+        else:
+            os.mkfifo(folder / name)
+        _with_manifest(folder, name)
+        with pytest.raises(DamagedError, match=f"step/{name}: is (a link|no plain file)"):
+            storage.read_folder(folder)
+        shutil.rmtree(folder)
+    storage.write_folder(folder, FILES)
+    (folder / storage.MANIFEST).rename(tmp_path / "manifest")
+    (folder / storage.MANIFEST).symlink_to(tmp_path / "manifest")
+    with pytest.raises(DamagedError, match="is a link"):
+        storage.read_folder(folder)
+    count = len(names) + len(kinds) + 1
+    measured("names, links, folders and pipes that lead out of a checkpoint", f"{count} of {count}")
+
+
+def _with_manifest(folder: Path, name: str) -> None:
+    """As if `name` had been written with the others."""
+    entry = {"size": 10, "sha256": hashlib.sha256(b"of another").hexdigest()}
+    (folder / storage.MANIFEST).write_text(json.dumps({name: entry}, indent=1))
+
+
+def test_files_that_the_manifest_does_not_name_are_left_out(tmp_path: Path) -> None:
+    storage.write_folder(tmp_path / "step", FILES)
+    (tmp_path / "step" / "other").write_text("of a user")
+    assert storage.read_folder(tmp_path / "step") == FILES
 
 
 HOLD = """
@@ -307,15 +279,17 @@ def _said(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def test_one_of_many_processes_owns_a_folder_and_kill_9_frees_it(tmp_path: Path) -> None:
+@pytest.mark.promise("R13")
+def test_one_of_many_processes_owns_a_folder_and_kill_9_frees_it(
+    tmp_path: Path, measured: Measured
+) -> None:
     folder = tmp_path / "run"
     crowd = [_holder(folder) for _ in range(8)]
     said = {process.pid: _said(process) for process in crowd}
     owner = next(process for process in crowd if said[process.pid] == "held")
     refused = f"{folder}: in use by process {owner.pid} on {socket.gethostname()}"
     del said[owner.pid]
-    # One that came between the owner's lock and its name in the file cannot say who it is.
-    assert set(said.values()) <= {refused, f"{folder}: in use by another process"}
+    assert list(said.values()) == [refused] * 7
     with pytest.raises(PreflightError) as caught, storage.lock(folder):
         pass
     assert str(caught.value) == refused
@@ -325,18 +299,125 @@ def test_one_of_many_processes_owns_a_folder_and_kill_9_frees_it(tmp_path: Path)
         process.communicate()
     with storage.lock(folder):
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} ")
+    measured("8 processes on one folder at once", "1 owner, 7 of 7 others name it")
 
 
-def test_the_owner_sweeps_orphans_and_nothing_else(tmp_path: Path) -> None:
-    kept = [tmp_path / "a.tmp", tmp_path / ".hidden", tmp_path / "checkpoint" / "step-1" / "x"]
-    swept = [tmp_path / ".a.1.ff.tmp", tmp_path / "checkpoint" / ".step-2.1.ff.tmp" / "half"]
-    for path in (*kept, *swept):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("content")
+def test_the_name_of_an_owner_that_died_is_not_given(tmp_path: Path) -> None:
+    """A new owner has the lock a moment before its name is there."""
+    first = _holder(tmp_path)
+    assert _said(first) == "held"
+    first.kill()
+    first.communicate()
+    assert str(first.pid) in (tmp_path / ".lock").read_text()
+    with (tmp_path / ".lock").open("ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(PreflightError, match="in use by another process"):
+            storage.lock(tmp_path).__enter__()
+
+
+def test_who_waits_gets_the_lock_when_it_is_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner = _holder(tmp_path)
+    assert _said(owner) == "held"
+    with pytest.raises(PreflightError, match=f"in use by process {owner.pid} "):
+        storage.lock(tmp_path, seconds=0.1).__enter__()
+    threading.Timer(0.3, owner.kill).start()
+    began = time.monotonic()
+    with storage.lock(tmp_path, seconds=60):
+        assert 0.2 < time.monotonic() - began < 30
+    owner.communicate()
+    assert f"waiting for process {owner.pid} on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_disk_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    told: list[str] = []
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    monkeypatch.setattr(console, "warn", told.append)
     with storage.lock(tmp_path):
-        assert all(path.exists() for path in kept)
-        assert not any(path.exists() for path in swept)
-        assert not (tmp_path / "checkpoint" / ".step-2.1.ff.tmp").exists()
+        storage.write(tmp_path / "file", NEW)
+    assert told == [
+        f"{tmp_path}/.lock: this disk knows no locks; mind that no other process works there"
+    ]
+
+
+def test_a_lock_that_fails_otherwise_is_not_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with pytest.raises(PreflightError, match=r"\.lock: cannot be written: input/output error"):
+        storage.lock(tmp_path).__enter__()
+
+
+def _orphans_of(script: str, folder: Path) -> subprocess.Popen[str]:
+    """A process that has begun to write, and waits in the midst of it."""
+    code = f"""
+    import sys
+    from pathlib import Path
+    from distill import storage
+    folder = Path(sys.argv[1])
+    {script}:
+        print("begun", flush=True)
+        sys.stdin.read()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert _said(process) == "begun"
+    return process
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["with storage.writing(folder / 'file', 9)", "with storage.staged(folder)"],
+    ids=["file", "folder"],
+)
+def test_the_owner_sweeps_what_the_dead_left_and_not_what_the_living_write(
+    tmp_path: Path, script: str
+) -> None:
+    writer = _orphans_of(script, tmp_path)
+    (begun,) = tmp_path.glob(".*.tmp")
+    with storage.lock(tmp_path):
+        assert begun.exists()
+    writer.kill()
+    writer.communicate()
+    with storage.lock(tmp_path):
+        assert not begun.exists()
+
+
+def test_what_nobody_touched_for_an_hour_is_swept_whoever_began_it(tmp_path: Path) -> None:
+    """Its process may be one of another machine, whose number says nothing here."""
+    old, young = (tmp_path / f".{name}.ffffff.1.ab12cd34.tmp" for name in ("old", "young"))
+    earlier = tmp_path / ".earlier.1.ff.tmp"  # of a version that named no machine
+    for path, age in ((old, 3660.0), (young, 3540.0), (earlier, 3660.0)):
+        path.mkdir()
+        (path / "part").write_bytes(OLD)
+        for each in (path / "part", path):
+            os.utime(each, (time.time() - age,) * 2)
+    with storage.lock(tmp_path):
+        assert [path.name for path in tmp_path.glob(".*.tmp")] == [young.name]
+
+
+def test_nothing_else_is_swept(tmp_path: Path) -> None:
+    names = ("a.tmp", ".hidden", ".notes.tmp", ".a.1.tmp", ".a.b.c.d.tmp", "checkpoint/step-1/x")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("content")
+        os.utime(tmp_path / name, (0, 0))
+    with storage.lock(tmp_path):
+        assert all((tmp_path / name).exists() for name in names)
 
 
 def test_files_get_the_mode_that_the_umask_says(tmp_path: Path) -> None:
@@ -415,9 +496,10 @@ def test_a_full_disk_publishes_nothing(small_disk: Path) -> None:
 
 def test_a_full_disk_does_not_stop_the_lock(small_disk: Path) -> None:
     """It may hold a finished run, or orphans whose sweeping makes room."""
-    orphan = small_disk / ".step.1.ff.tmp"
+    orphan = small_disk / f".step.{os.getpid()}.ff.tmp"
     with pytest.raises(OSError, match="No space"):
         orphan.write_bytes(bytes(2_000_000))
+    os.utime(orphan, (0, 0))
     assert shutil.disk_usage(small_disk).free == 0
     with storage.lock(small_disk):
         assert not orphan.exists()

@@ -18,10 +18,12 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from distill import jsonio
 from distill.component import Count
 from distill.errors import DamagedError, IdentityError
+from distill.identity import require_known
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 SAMPLES, CANARIES = "samples.safetensors", "canaries.safetensors"
@@ -29,6 +31,7 @@ SAMPLES, CANARIES = "samples.safetensors", "canaries.safetensors"
 FORMAT = 1
 MOST_INT8 = 4096  # classes up to which a byte a class is the default
 MOST_ROWS = 65_536
+MOST_UNITS = 1_000_000  # of a cache: 300 views of 100 million images are half as many
 UNIT_BYTES = 16_384_000  # object stores and parallel file systems like files of this size
 _MULTIPLE = 256  # rows
 
@@ -88,6 +91,17 @@ class Manifest(BaseModel):
     columns: tuple[Column, ...]  # of a view
     eval_rows: Count
     eval_columns: tuple[Column, ...]
+
+    @model_validator(mode="after")
+    def _of_a_size_that_is(self) -> Manifest:
+        rows = self.views * -(-self.samples // self.unit_rows)
+        rows += -(-(self.test + self.val) // self.eval_rows)
+        sizes = [size for c in (*self.columns, *self.eval_columns) for size in c.shape]
+        if rows > MOST_UNITS or not self.columns or any(size < 0 for size in sizes):
+            raise ValueError(f"{rows:,} units")
+        if not isinstance(self.identity.get("codec"), str):
+            raise ValueError("no codec")
+        return self
 
     @property
     def id(self) -> str:
@@ -166,7 +180,7 @@ class Manifest(BaseModel):
         """
         try:
             length = int.from_bytes(head[:8], "little")
-            about = json.loads(json.loads(head[8 : 8 + length])["__metadata__"]["distill"])
+            about = jsonio.load(jsonio.load(head[8 : 8 + length])["__metadata__"]["distill"])
             found = {name: int(value, 16) for name, value in about["crc32"].items()}
             sound = found.keys() == {column.name for column in self.columns_of(unit)}
             sound &= all(0 <= value < 2**32 for value in found.values())
@@ -267,18 +281,13 @@ def index(data: bytes, origin: str) -> Index:
 
 def _unseal(model: type[_Model], data: bytes, origin: str) -> _Model:
     try:
-        found: dict[str, Any] = json.loads(data)
+        found = jsonio.mapping(data)
         if _canonical(found) != data:
             raise ValueError("altered")
         stated = found.pop("crc32")
         if stated != f"{checksum(_canonical(found)):08x}":
             raise ValueError("altered")
-        if found["format"] > FORMAT:
-            raise IdentityError(
-                f"{origin}: written by a newer version (format {found['format']}, known is "
-                f"{FORMAT})",
-                hint="update distill",
-            )
+        require_known(found["format"], FORMAT, origin)
         return model.model_validate(found)
     except IdentityError:
         raise

@@ -25,6 +25,7 @@ _SETS = "mind data.fraction, data.val and data.seed"
 _OPEN = 2  # views: the one that is read and the one that comes next
 _KEPT = 3  # views of a store that is far away, on this machine's disk
 _FETCHED = 8  # files at once
+_SPARSEST = 1000  # images of a set for each one that is in the cache
 
 
 class Reader:
@@ -56,7 +57,7 @@ class Reader:
         self.store, self.manifest, self.num_views = store, manifest, num_views
         self._partial = partial
         self.row_bytes = manifest.row_bytes
-        self.ids = _tensors(store, SAMPLES, manifest)["train"]
+        self.ids = _sound_ids(_tensors(store, SAMPLES, manifest), store, manifest)
         self._row = np.full(int(self.ids[-1]) + 2, -1, np.int32)
         self._row[self.ids] = np.arange(len(self.ids), dtype=np.int32)
         self._scratch = scratch or storage.scratch("views") / manifest.id[:16]
@@ -171,13 +172,13 @@ class Reader:
         if data is None:
             raise DamagedError(f"{self.store.origin}/{unit.name}: is missing", hint=_REPAIR)
         path = self._scratch / unit.name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(path.parent)
         storage.write(path, data)
         return data
 
     def _make_room(self, view: int) -> None:
         """Remove the views on this machine's disk that were not read for longest."""
-        storage.sweep(self._scratch, seconds=3600)
+        storage.sweep(self._scratch)
         there = {path.parent for path in self._scratch.glob("views/*/*.safetensors")}
         others = sorted(
             there - {self._scratch / view_part(view)}, key=lambda path: path.stat().st_mtime
@@ -185,8 +186,7 @@ class Reader:
         for old in others[: max(0, len(others) - _KEPT + 1)]:
             # The folder stays, for another process may be writing to it; and who has a file open
             # keeps its content.
-            for file in old.glob("*.safetensors"):
-                file.unlink(missing_ok=True)
+            storage.remove(*old.glob("*.safetensors"))
 
 
 class _View:
@@ -260,6 +260,15 @@ def canaries(store: Store, manifest: Manifest) -> dict[str, ndarray]:
     if not sound or (index and index.files.get(CANARIES) != f"{checksum(data):08x}"):
         raise DamagedError(f"{store.origin}/{CANARIES}: {_CHANGED}", hint=_REPAIR)
     return found
+
+
+def _sound_ids(found: dict[str, ndarray], store: Store, manifest: Manifest) -> Int[ndarray, " n"]:
+    """The ids of the rows of a view, ascending; there is a table as long as the last one says."""
+    ids = found.get("train", np.zeros(0, np.int64))
+    sound = ids.dtype == np.int64 and ids.shape == (manifest.samples,) and ids[0] >= 0
+    if not sound or (np.diff(ids) <= 0).any() or ids[-1] > _SPARSEST * (len(ids) + _SPARSEST):
+        raise DamagedError(f"{store.origin}/{SAMPLES}: {_CHANGED}", hint=_REPAIR)
+    return ids
 
 
 _CHANGED = "its content changed after it was written"

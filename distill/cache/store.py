@@ -12,8 +12,6 @@ from distill import remote, storage
 from distill.errors import PreflightError
 from distill.recipe import Teacher
 
-ORPHAN_SECONDS = 3600.0  # after which a half-written file is nobody's: no unit takes an hour
-
 
 class Store(ABC):
     """Files by name, each whole or absent."""
@@ -73,17 +71,15 @@ class Folder(Store):
         self._put(storage.create, name, data)
 
     def remove(self, name: str) -> None:
-        with self._refusals(self.path / name):
-            (self.path / name).unlink(missing_ok=True)
+        storage.remove(self.path / name)
 
     def sweep(self) -> None:
         """Remove what killed writers left half written."""
-        storage.sweep(self.path, seconds=ORPHAN_SECONDS)
+        storage.sweep(self.path)
 
     def _put(self, put: Callable[[Path, bytes], None], name: str, data: bytes) -> None:
         path = self.path / name
-        with self._refusals(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(path.parent)
         put(path, data)
 
     @contextmanager

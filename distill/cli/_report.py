@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
 
 from distill import console
-from distill.errors import DistillError
+from distill.errors import STOP_SIGNALS, DistillError, Stopped
+
+
+class _Interrupt(KeyboardInterrupt):
+    """A signal. Python itself ends with SIGINT where a plain one passed through an `exec`."""
 
 
 @contextmanager
-def reporting() -> Generator[None]:
-    """Turn a DistillError into a sentence, a hint and an exit status.
+def reporting(
+    left: str = "nothing was written, and the same command begins anew",
+) -> Generator[None]:
+    """Turn a DistillError into a sentence, a hint and an exit status, and so a signal.
 
     Every other error stays a traceback: it is a bug of ours. `DISTILL_DEBUG=1` shows the
     traceback of the first kind too.
+
+    Args:
+        left: What a signal leaves behind that comes where no step is in work.
     """
     try:
-        yield
+        with _interruptible():
+            yield
     except DistillError as error:
         if os.environ.get("DISTILL_DEBUG"):
             raise
@@ -37,9 +50,31 @@ def reporting() -> Generator[None]:
             "the same command goes on from the last checkpoint",
         )
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.say("interrupted; the last checkpoint is whole, and the same command goes on")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as interrupt:
+        signum = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
+        console.say(f"stopped by {signum.name}; {left}")
+        raise typer.Exit(Stopped("", signum=signum).exit_status) from None
+
+
+@contextmanager
+def _interruptible() -> Generator[None]:
+    """Let every signal that asks for an end do what Ctrl-C does: what is half made is removed."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGINT:
+            signal.signal(signum, signal.SIG_IGN)  # once is enough: what follows is in a hurry
+        raise _Interrupt(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, interrupt) for signum in heard}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _fail(what: str, hint: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from distill import console
+from distill import console, storage
 from distill.cli._options import AsJson, DataRoot, DeviceBatchSize, Workers
 from distill.cli._report import print_json, reporting
 from distill.definitions import SUITES, definitions, shown
@@ -81,6 +81,8 @@ def evaluate(
         from distill.engine import machine
         from distill.evidence import Options, gather
 
+        if predictions is not None:
+            storage.require_writable(predictions)
         here = machine.setup(workers=workers, device_batch_size=device_batch_size)
         place = out or (runs[0] if len(runs) == 1 else Path("runs/evaluation"))
         options = Options(chosen, images, corrupted, masks, data_root, reference)
@@ -126,7 +128,7 @@ def _write_predictions(file: Path, subjects: list[Subject]) -> None:
 
 def _write(path: Path, tested: Tested) -> None:
     """The answers as CSV: id, name of the file where there is one, and what was said of it."""
-    from distill import storage
+    from distill.report.files import cell
 
     told, classes, files = tested.predictions, tested.dataset.classes, tested.dataset.test.files
     text = io.StringIO(newline="")
@@ -136,14 +138,15 @@ def _write(path: Path, tested: Tested) -> None:
         table.writerow(
             [
                 number,
-                "" if files is None else files.name(int(number)),
-                classes[told.labels[i]],
-                classes[told.predicted[i]],
+                "" if files is None else cell(files.name(int(number))),
+                cell(classes[told.labels[i]]),
+                cell(classes[told.predicted[i]]),
                 f"{told.confidence[i]:.6f}",
                 f"{told.nll[i]:.6g}",
                 int(told.correct[i]),
             ]
         )
+    storage.sweep(path.parent, below=False)
     storage.write(path, text.getvalue().encode(errors="surrogateescape"))
 
 

@@ -58,7 +58,7 @@ def init(
     )
     for path in files:
         console.say(f"wrote {path}")
-    console.say(f"next: distill check {out}")
+    console.say(f"next: distill check {console.typed(out)}")
     if as_json:
         print_json(
             {

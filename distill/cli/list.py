@@ -86,7 +86,7 @@ def list_(
                 print_json({"copied": [str(path) for path in copied]})
             else:
                 console.say("\n".join(f"copied {path}" for path in copied))
-                console.say(f"next: distill train {copied[0]}")
+                console.say(f"next: distill train {console.typed(copied[0])}")
             return
         items = [item for item in _items(kind, pattern) if fnmatch.fnmatchcase(item.name, pattern)]
         if as_json:
@@ -208,7 +208,8 @@ def _copy(kind: Kind, name: str) -> list[Path]:
                 hint="move it away, or copy into another folder",
             )
     for source, target in files.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(target.parent)
+        storage.sweep(target.parent, below=False)
         storage.write(target, source.read_bytes())
     return list(files.values())
 

@@ -63,7 +63,7 @@ def pack(
 
     Example: distill pack recipe.yaml --out photos-256 --size 256
     """
-    with reporting():
+    with reporting("the shards that were made are kept, and the same command goes on"):
         from distill.recipe import Recipe
 
         checked = Recipe.load(recipe, overrides or [])  # every fault, before torch is loaded

@@ -83,7 +83,7 @@ def rank_teachers(
 
     Example: distill rank-teachers recipe.yaml --teacher runs/big --teacher runs/small --goal mobile
     """
-    with reporting():
+    with reporting("what was trained is kept, and the same command goes on"):
         from distill.recipe import Recipe
 
         checked = _with_teachers(Recipe.load(recipe, overrides or []), teachers or [])
@@ -152,7 +152,8 @@ def _show(found: Ranking) -> None:
     _print(("", "teacher", *STUDENT_HEADS), [row[:2] + row[own:] for row in rows])
     for line in verdict(known):
         console.out.print(console.plain(line), highlight=False)
-    following = f"next: distill train {found.best['recipe']}\n      open {found.out}/ranking.html"
+    best = console.typed(found.best["recipe"])
+    following = f"next: distill train {best}\n      open {found.out}/ranking.html"
     console.out.print(console.plain(following), highlight=False, soft_wrap=True)
 
 

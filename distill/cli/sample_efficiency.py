@@ -91,7 +91,7 @@ def sample_efficiency(
 
     Example: distill sample-efficiency cnn.yaml vit.yaml cnn-to-vit.yaml --baseline --seeds 0,1,2
     """
-    with reporting():
+    with reporting("what was trained is kept, and the same command goes on"):
         from distill.subsets import require_comparable
 
         checked = _loaded(recipes, overrides or [])

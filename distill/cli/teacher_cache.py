@@ -121,7 +121,7 @@ def teacher_cache(
 
     Example: distill teacher-cache recipe.yaml --views 8 --out runs/cache
     """
-    with reporting():
+    with reporting("what was made is kept, and the same command goes on"):
         from distill.errors import RecipeError
         from distill.recipe import Recipe
 
@@ -204,8 +204,7 @@ def _build(recipe: Recipe, place: str, run: Path, settings: Any, workers: int | 
     from distill.engine.caches import build_caches
 
     here = machine.setup(workers=workers)
-    with machine.stop_request() as stop:
-        return build_caches(recipe, place, run, here, stop, settings)
+    return build_caches(recipe, place, run, here, settings)
 
 
 def _plan(
@@ -275,7 +274,7 @@ def _show(built: Built, recipe: Path, place: str) -> None:
         f"for pixels {built.data_wait:.0%}"
     )
     if built.complete:
-        console.say(f"next: distill train {recipe} --cache {place}")
+        console.say(f"next: distill train {console.typed(recipe)} --cache {console.typed(place)}")
     else:
         console.say("this part is done; others are missing: --status shows which")
 

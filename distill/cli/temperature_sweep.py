@@ -82,7 +82,7 @@ def temperature_sweep(
 
     Example: distill temperature-sweep recipe.yaml --temperatures 1,2,4,8 --seeds 0,1
     """
-    with reporting():
+    with reporting("what was trained is kept, and the same command goes on"):
         from distill.grid import points
         from distill.recipe import Recipe
 
@@ -164,5 +164,6 @@ def _show(found: Sweep) -> None:
     console.out.print(table)
     for line in verdict(known):
         console.out.print(console.plain(line), highlight=False)
-    following = f"next: distill train {found.best['recipe']}\n      open {found.out}/sweep.html"
+    best = console.typed(found.best["recipe"])
+    following = f"next: distill train {best}\n      open {found.out}/sweep.html"
     console.out.print(console.plain(following), highlight=False, soft_wrap=True)

@@ -60,7 +60,7 @@ def train(
 
     Example: distill train recipes/quickstart.yaml --baseline
     """
-    with reporting():
+    with reporting("the last checkpoint is whole, and the same command goes on"):
         from distill.recipe import Recipe
 
         changes = [*(overrides or []), *(_cached(recipe, overrides or [], cache) if cache else [])]
@@ -155,7 +155,9 @@ def _show(result: Result) -> None:
         f"waiting for images, {(result.memory or 0) / 1e9:.1f} GB at most"
     )
     run = console.plain(result.run)
-    following = f"page: {run}/report.html\nnext: distill evaluate {run}\n      distill export {run}"
+    next_ = console.plain(console.typed(result.run))
+    following = f"page: {run}/report.html\nnext: distill evaluate {next_}\n      "
+    following += f"distill export {next_}"
     console.out.print(
         Panel(Group(table, "", *lines, "", following), title=run, title_align="left", expand=False)
     )

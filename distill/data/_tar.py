@@ -13,13 +13,13 @@ from typing import NamedTuple
 from distill.errors import DamagedError
 
 BLOCK = 512
-MAX_SIZE = 2**32 - 1  # bytes of a member that is read
 
 _WINDOW = 4096  # bytes read at a time: a header, a label and the next header
 # Types of members.
 _REGULAR = (b"\0", b"0", b"7")
 _PAX, _PAX_GLOBAL, _LONG_NAME, _SPARSE = b"x", b"g", b"L", b"S"
 _MOST_TEXT = 2**20  # bytes of a name, or of a PAX header
+_MOST_DIGITS = 30  # of a number
 
 
 class Member(NamedTuple):
@@ -105,7 +105,9 @@ class Archive:
         return self._number(_text(header[124:136]), at, base=8)
 
     def _number(self, text: str, at: int, *, base: int) -> int:
-        digits = text.strip() or "0"
+        digits = text.strip()[: _MOST_DIGITS + 1] or "0"
+        if len(digits) > _MOST_DIGITS:
+            raise self._damaged(at, "an altered header, with a number of many digits")
         if not digits.isascii() or not digits.isdigit() or (base == 8 and max(digits) > "7"):
             raise self._damaged(at, "no tar header, or an altered one")
         return int(digits, base)
@@ -115,7 +117,7 @@ class Archive:
         found, position = {}, 0
         while position < len(text):
             digits = text[position:].partition(b" ")[0]
-            length = int(digits) if digits.isdigit() else 0
+            length = int(digits) if digits.isdigit() and len(digits) <= _MOST_DIGITS else 0
             line = text[position : position + length]
             key, equals, value = line[len(digits) + 1 : -1].partition(b"=")
             if not equals or line[-1:] != b"\n":

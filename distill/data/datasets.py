@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -16,12 +13,12 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from distill import component
-from distill.data import controls, encoded, folder, hub, images, official, splits, tars
+from distill.data import controls, encoded, images, official, splits, stored
 from distill.data.encoded import Encoded, Split, Stored
 from distill.data.official import Triple
-from distill.errors import IncompatibleError, PreflightError, RecipeError
+from distill.data.stored import sha256
+from distill.errors import IncompatibleError, PreflightError
 from distill.recipe import Data
-from distill.remote import is_remote
 
 T = TypeVar("T")
 
@@ -101,58 +98,21 @@ def load(data: Data) -> Dataset:
         PreflightError: If files are missing, misplaced or bad images.
         DamagedError: If a file of a published set is not in its format.
     """
-    if (found := stored(data)) is not None:
+    if (found := stored.load(data)) is not None:
         dataset = _load_stored(data, found)
     else:
-        published = official.read(data.name, _root(data), download=data.download)
+        published = official.read(data.name, stored.root(data), download=data.download)
         dataset = _load_official(data, published)
     if data.transfer is not None:
-        dataset = _transferred(dataset, data, Path(data.transfer))
+        dataset = _transferred(dataset, data)
     return dataset if data.control is None else _controlled(dataset, data, data.control)
-
-
-def stored(data: Data) -> Stored | None:
-    """The images of the set as they are stored, whole; None for a published set.
-
-    Raises:
-        PreflightError: If files are missing or misplaced.
-        DamagedError: If a shard is altered or cut short.
-    """
-    labelled = data.transfer is None
-    if data.name.partition("/")[0] == "hf":
-        folder_of_it = _root(data)
-        place = None if folder_of_it is None else str(folder_of_it)
-        return hub.load(data.name, place, download=data.download, labelled=labelled)
-    if data.name not in ("folder", "webdataset"):
-        return None
-    if data.root is not None and is_remote(data.root):
-        return tars.load(data.root, labelled=labelled, mixed=data.shuffle_shards)
-    root = _root(data)
-    assert root is not None, "the recipe checks this"
-    if data.name == "webdataset":
-        return tars.load(str(root), labelled=labelled)
-    found = folder.scan(root, data.split_file, labelled=labelled)
-    train, test = (_of_files(images, found.classes) for images in (found.train, found.test))
-    return Stored(str(root), found.classes, train, test)
-
-
-def content(found: Stored) -> str:
-    """SHA-256 of what tells these images from others."""
-    return _sha256(part for split in (found.train, found.test) for part in (*split.content, "\0"))
-
-
-def _root(data: Data) -> Path | None:
-    try:
-        return None if data.root is None else Path(data.root).expanduser().absolute()
-    except RuntimeError:  # no user of that name
-        raise RecipeError(f"data.root: {data.root}: no such home directory") from None
 
 
 def _load_official(data: Data, published: official.Official) -> Dataset:
     train, test = published.train, published.test
     size = data.image_size or train.pixels.shape[1]
     train_ids, val_ids = _ids(data, train.labels, published.classes)
-    of_pixels = _sha256(
+    of_pixels = sha256(
         part for split in (train, test) for part in (str(split.pixels.shape), split.pixels.data)
     )
     return Dataset(
@@ -172,25 +132,19 @@ def _load_official(data: Data, published: official.Official) -> Dataset:
     )
 
 
-def _of_files(files: folder.Images, classes: Sequence[str]) -> Split:
-    # No file name contains NUL.
-    parts = (f"{entry.name}\0{entry.size}\0" for entry in files)
-    return Split(files, files.classes(classes), parts)
-
-
 def _load_stored(data: Data, found: Stored) -> Dataset:
     size = data.image_size or IMAGE_SIZE
     in_memory = _in_memory(data, len(found.train.files) + len(found.test.files), size)
     train, bad_train = _open(found.train, data, in_memory)
     test, bad_test = _open(found.test, data, in_memory)
-    _refuse_bad(found.origin, data, bad_train, bad_test)
+    refuse_bad(found.origin, data, len(train), bad_train.values(), bad_test.values())
     train_ids, val_ids = _ids(data, train.labels, found.classes, bad_train)
     used = np.bincount(train.labels[train_ids], minlength=len(found.classes))
     lost = [found.classes[i] for i in np.flatnonzero(used == 0)]
     if data.transfer is None and (lost := [name for name in lost if name not in data.omit]):
         names = ", ".join(map(repr, lost))
         raise PreflightError(f"{found.origin}: classes without a usable training image: {names}")
-    of_images = content(found)
+    of_images = stored.content(found)
     return Dataset(
         name=data.name,
         classes=found.classes,
@@ -208,14 +162,13 @@ def _load_stored(data: Data, found: Stored) -> Dataset:
     )
 
 
-def _transferred(dataset: Dataset, data: Data, root: Path) -> Dataset:
-    """The data set with the images below `root`, which have no labels, for its training split."""
-    root = root.expanduser().absolute()
-    found, size = _of_files(folder.unlabelled(root), ()), dataset.image_size
-    train, bad = _open(found, data, _in_memory(data, len(found.files), size))
-    _refuse_bad(str(root), data, bad, {})
+def _transferred(dataset: Dataset, data: Data) -> Dataset:
+    """The data set with other images, which have no labels, for its training split."""
+    found = stored.load_transfer(data)
+    train, bad = _open(found, data, _in_memory(data, len(found.files), dataset.image_size))
+    refuse_bad(found.files.origin, data, len(train), bad.values(), ())
     ids = splits.subset(np.arange(len(train)), train.labels, data.fraction, data.seed)
-    both = _sha256([dataset.content, *found.content])
+    both = sha256([dataset.content, *found.content])
     return replace(
         dataset,
         train=train,
@@ -223,14 +176,14 @@ def _transferred(dataset: Dataset, data: Data, root: Path) -> Dataset:
         val_ids=np.arange(0),
         bad=tuple(found.files.name(i) for i in bad),
         content=both,
-        fingerprint=_sha256([dataset.fingerprint, both]),
+        fingerprint=sha256([dataset.fingerprint, both]),
     )
 
 
 def _controlled(dataset: Dataset, data: Data, control: str) -> Dataset:
     """The data set without what the control takes away; to whoever compares, another one."""
-    both = _sha256([dataset.content, control, str(data.seed)])
-    dataset = replace(dataset, content=both, fingerprint=_sha256([dataset.fingerprint, both]))
+    both = sha256([dataset.content, control, str(data.seed)])
+    dataset = replace(dataset, content=both, fingerprint=sha256([dataset.fingerprint, both]))
     if control == "permuted-labels":
         labels = controls.permuted_labels(dataset.train.labels, dataset.train_ids, seed=data.seed)
         return replace(dataset, train=replace(dataset.train, labels=labels))
@@ -258,14 +211,7 @@ def _fingerprint(
     name: str, classes: tuple[str, ...], splits: Sequence[Source | official.Split], content: str
 ) -> str:
     parts = (np.ascontiguousarray(split.labels, "<i8").data for split in splits)
-    return _sha256([json.dumps([name, classes]), *parts, content])
-
-
-def _sha256(parts: Iterable[str | bytes | memoryview]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(os.fsencode(part) if isinstance(part, str) else part)
-    return digest.hexdigest()
+    return sha256([json.dumps([name, classes]), *parts, content])
 
 
 def _ids(
@@ -346,22 +292,36 @@ def _open(split: Split, data: Data, size: int | None) -> tuple[Source, dict[int,
     return Source(split.labels, pixels, files), faults
 
 
-def _refuse_bad(origin: str, data: Data, train: dict[int, str], test: dict[int, str]) -> None:
-    """Raise one error that lists the bad images, unless they may be skipped."""
-    skip = data.on_bad_image == "skip"
-    bad = [*test.values(), *(() if skip else train.values())]
+def refuse_bad(
+    origin: str, data: Data, count: int, train: Collection[str], test: Collection[str]
+) -> None:
+    """Refuse bad images, unless they may be skipped and are not many.
+
+    Args:
+        origin: Where they lie.
+        data: Says what may be skipped.
+        count: Training images in all.
+        train: What is wrong with those that are bad.
+        test: Likewise.
+
+    Raises:
+        PreflightError: A list of those that are in the way.
+    """
+    most = int(round(data.max_bad * count, 6))  # 0.29 of 100 are 29
+    many = len(train) > (most if data.on_bad_image == "skip" else 0)
+    bad = [*test, *(train if many else ())]
     if not bad:
         return
     more = [f"and {len(bad) - _LISTED:,} more"] if len(bad) > _LISTED else []
-    lines = "\n  ".join(
-        [f"{origin}: images that cannot be used: {len(bad):,}", *bad[:_LISTED], *more]
-    )
-    raise PreflightError(
-        lines,
-        hint="mend or remove them"
-        + ("; images of the test split are never skipped" if test else "")
-        + ("" if skip else "; `data.on_bad_image: skip` leaves bad training images out"),
-    )
+    lines = [f"{origin}: images that cannot be used: {len(bad):,}", *bad[:_LISTED]]
+    hint = "mend or remove them"
+    if test:
+        hint += "; images of the test split are never skipped"
+    if many and data.on_bad_image == "skip":
+        hint += f"; data.max_bad {data.max_bad:g} allows {most:,} of {count:,} training images"
+    elif many:
+        hint += "; `data.on_bad_image: skip` leaves bad training images out"
+    raise PreflightError("\n  ".join([*lines, *more]), hint=hint)
 
 
 def _parallel(job: Callable[[int], T], count: int) -> Iterator[T]:

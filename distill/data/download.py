@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import http.client
 import tarfile
-import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from distill import storage
 from distill.errors import DamagedError, PreflightError
 
 _TIMEOUT = 60.0  # seconds without a byte
-_MAX_UNPACKED = 2**30  # bytes; the largest set has a sixth of it
+_SLOWEST = 1000  # bytes a second; with fewer, after that time, nothing would come of it
+_MOST_BYTES = 2**30  # of a file, packed or not; the largest set has a sixth of it
+_MOST_MEMBERS = 1000  # of an archive; the largest has eight
 _CHUNK = 2**20
 
 
@@ -40,29 +43,35 @@ def fetch(remotes: Sequence[Remote], folder: Path) -> None:
         PreflightError: If the network or the disk stands in the way.
     """
     for remote in remotes:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
-                path = Path(temporary, remote.url.rpartition("/")[2])
+        storage.make_folder(folder)
+        storage.sweep(folder, below=False)
+        with storage.staged(folder) as aside:
+            path = aside / remote.url.rpartition("/")[2]
+            try:
                 _download(remote, path)
-                for file in _unpack(path) if path.name.endswith(".tar.gz") else [path]:
-                    file.replace(folder / file.name)
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it holds the connection
-            raise PreflightError(
-                f"{remote.url}: could not be downloaded to {folder}: {error}",
-                hint=f"run again, or put the file's content into {folder} by hand",
-            ) from None
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()  # it holds the connection
+                raise PreflightError(
+                    f"{remote.url}: could not be downloaded to {folder}: {error}",
+                    hint=f"run again, or put the file's content into {folder} by hand",
+                ) from None
+            packed = path.name.endswith(".tar.gz")
+            storage.publish(_unpacked(path) if packed else aside, folder)
 
 
 def _download(remote: Remote, path: Path) -> None:
-    digest, size = hashlib.sha256(), 0
+    digest, size, began = hashlib.sha256(), 0, time.monotonic()
     with urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as response, path.open("wb") as file:
-        while chunk := response.read(_CHUNK):
+        while chunk := response.read1(_CHUNK):  # what there is: to wait for all could take forever
             file.write(chunk)
             digest.update(chunk)
             size += len(chunk)
+            seconds = time.monotonic() - began
+            if seconds > _TIMEOUT and size < _SLOWEST * seconds:
+                raise TimeoutError(f"{size:,} bytes in {seconds:.0f} seconds")
+            if size > _MOST_BYTES:
+                raise DamagedError(f"{remote.url}: more than {_MOST_BYTES:,} bytes arrived")
     if digest.hexdigest() != remote.sha256:
         raise DamagedError(
             f"{remote.url}: {size:,} bytes arrived that are not the published file: "
@@ -71,16 +80,17 @@ def _download(remote: Remote, path: Path) -> None:
         )
 
 
-def _unpack(archive: Path) -> list[Path]:
-    """The files of a .tar.gz, unpacked into a new folder beside it."""
-    folder = archive.parent / "unpacked"
-    size = 0
+def _unpacked(archive: Path) -> Path:
+    """A new folder beside a .tar.gz, with what it holds."""
+    folder, plain, size = archive.parent / "unpacked", archive.with_suffix(".plain"), 0
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
+        _unzip(archive, plain)
+        with tarfile.open(plain, "r:") as tar:
+            for number, member in enumerate(tar):
                 name = PurePosixPath(member.name)
                 size += member.size
-                if name.is_absolute() or ".." in name.parts or size > _MAX_UNPACKED:
+                unsafe = name.is_absolute() or ".." in name.parts
+                if unsafe or size > _MOST_BYTES or number >= _MOST_MEMBERS:
                     raise DamagedError(f"{archive.name}: unsafe to unpack: {member.name!r}")
                 if not (member.isreg() or member.isdir()):
                     raise DamagedError(f"{archive.name}: {member.name!r} is a link or a device")
@@ -91,4 +101,13 @@ def _unpack(archive: Path) -> list[Path]:
         raise DamagedError(
             f"{archive.name}: not an archive that can be unpacked: {error}"
         ) from None
-    return [path for path in folder.rglob("*") if path.is_file()]
+    return folder
+
+
+def _unzip(packed: Path, plain: Path) -> None:
+    """Unpack a .gz as far as it is no bomb: of 1 MB a header alone can take 1 GB of memory."""
+    with gzip.open(packed) as source, plain.open("wb") as file:
+        while chunk := source.read(_CHUNK):
+            file.write(chunk)
+            if file.tell() > _MOST_BYTES:
+                raise DamagedError(f"{packed.name}: unsafe to unpack: {_MOST_BYTES:,} bytes")

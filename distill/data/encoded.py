@@ -24,9 +24,11 @@ class Encoded(Protocol):
 
     Attributes:
         origin: Where they lie, as a user names it.
+        checked: Whether reading an image finds that a byte of it was altered.
     """
 
     origin: str
+    checked: bool
 
     def __len__(self) -> int: ...
 
@@ -49,6 +51,10 @@ class Encoded(Protocol):
 
     def suspects(self, max_pixels: int) -> Sequence[int]:
         """The images that may be bad, for all that is known without opening any of them."""
+        ...
+
+    def sizes(self) -> Int64[np.ndarray, " N"]:
+        """Bytes of every image; −1 where that is not known without opening it."""
         ...
 
 

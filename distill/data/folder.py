@@ -40,12 +40,15 @@ class Images:
 
     Attributes:
         origin: The root.
+        checked: False: a file says nothing of what it was.
         labels: The class folders of the images, in the order in which they come first.
 
     Args:
         root: What names are relative to.
         entries: The files.
     """
+
+    checked = False
 
     def __init__(self, root: Path, entries: Iterable[Entry]) -> None:
         names, ends, sizes, numbers = bytearray(), array("q"), array("q"), array("i")
@@ -87,6 +90,10 @@ class Images:
     def suspects(self, max_pixels: int) -> Sequence[int]:
         """All: nothing is known of a file before it is opened."""
         return range(len(self))
+
+    def sizes(self) -> Int64[ndarray, " N"]:
+        """Bytes of every file."""
+        return self._sizes
 
     def classes(self, names: Sequence[str]) -> Int64[ndarray, " N"]:
         """The class of every image as a position in `names`; −1 where it is not there."""

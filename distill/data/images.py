@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from distill.data import jpeg
@@ -24,9 +26,25 @@ VERSION = 1
 # What a file may hold, whatever its name. Pillow knows more, one of which (EPS) starts a program.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", TiffImageFile.format, WebPImageFile.format)
 
+MOST_BYTES = 2**30  # of a file; one with more is refused before it is read into memory
+
+# Pillow warns of odd EXIF without the file's name; a file is used or refused, whoever asks Python
+# to take warnings for errors.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 class BadImageError(PreflightError):
     """The file can be read, but it holds no image that can be used."""
+
+
+class About(NamedTuple):
+    """What an image is stored as."""
+
+    width: int  # pixels, as stored
+    height: int
+    format: str  # as Pillow names it, such as JPEG
+    mode: str  # likewise, such as RGB or CMYK
+    animated: bool  # or of several pages
 
 
 def decode(source: Path | bytes, *, max_pixels: int, name: str = "") -> Image.Image:
@@ -45,10 +63,16 @@ def decode(source: Path | bytes, *, max_pixels: int, name: str = "") -> Image.Im
         PreflightError: If the file cannot be read.
     """
     with _opened(source, max_pixels, name) as image:
-        image.load()
-        with suppress(Exception):  # the pixels are sound; EXIF that cannot be read turns nothing
-            ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image)
+        return _whole(image, source)
+
+
+def inspect(source: Path | bytes, *, max_pixels: int, name: str) -> tuple[About, Image.Image]:
+    """What an image is stored as, and what `decode` gives; raises as that does."""
+    with _opened(source, max_pixels, name) as image:
+        width, height, mode = *image.size, image.mode
+        pixels = _whole(image, source)
+        animated = bool(getattr(image, "is_animated", False))
+        return About(width, height, str(image.format), mode, animated), pixels
 
 
 def part(
@@ -85,7 +109,7 @@ def stored(source: Path | bytes) -> bytes:
     if isinstance(source, bytes):
         return source
     with suppress(OSError):
-        return source.read_bytes() if source.is_file() else b""
+        return source.read_bytes() if source.is_file() and not _is_too_long(source) else b""
     return b""
 
 
@@ -128,15 +152,20 @@ def evaluation_view(
 def _opened(source: Path | bytes, max_pixels: int, name: str) -> Iterator[Image.Image]:
     """An image whose header was read; every way in which Pillow can fail becomes one error."""
     path = name if isinstance(source, bytes) else str(source)
-    if isinstance(source, Path) and not source.is_file():  # a pipe would wait for a writer
-        raise BadImageError(f"{path}: not a file")
     try:
+        if isinstance(source, Path) and not source.is_file():  # a pipe would wait for a writer
+            raise BadImageError(f"{path}: not a file")
+        if _is_too_long(source):
+            raise BadImageError(f"{path}: more than {MOST_BYTES:,} bytes, which no photograph has")
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=_FORMATS) as image:
-            if image.width * image.height > max_pixels:
+            width, height = image.size
+            if isinstance(image, TiffImageFile):  # a tile is decoded whole, however large it is
+                width = max(width, image.tag_v2.get(TILEWIDTH, 0))
+                height = max(height, image.tag_v2.get(TILELENGTH, 0))
+            if width * height > max_pixels:
                 raise BadImageError(
-                    f"{path}: {image.width:,} x {image.height:,} pixels, "
-                    f"data.max_pixels allows {max_pixels:,}"
+                    f"{path}: {width:,} x {height:,} pixels, data.max_pixels allows {max_pixels:,}"
                 )
             yield image
     except (PreflightError, MemoryError):
@@ -155,13 +184,30 @@ def _opened(source: Path | bytes, max_pixels: int, name: str) -> Iterator[Image.
         raise BadImageError(f"{path}: {error or type(error).__name__}") from None
 
 
+def _is_too_long(source: Path | bytes) -> bool:
+    """Whether it is no photograph, by its length alone."""
+    length = len(source) if isinstance(source, bytes) else source.stat().st_size
+    return length > MOST_BYTES
+
+
+def _whole(image: Image.Image, source: Path | bytes) -> Image.Image:
+    """An opened image, decoded, upright and RGB."""
+    if image.format in ("JPEG", "MPO") and jpeg.has_many_scans(stored(source)):
+        raise ValueError("a JPEG of so many scans would take minutes to decode")
+    image.load()
+    with suppress(Exception):  # the pixels are sound; EXIF that cannot be read turns nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    return _rgb(image)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
         values = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
-        raise ValueError(f"{'32-bit integer' if mode == 'I' else 'float'} pixels of unknown range")
+        kind = "32-bit integer" if mode == "I" else "float"
+        raise ValueError(f"{kind} pixels of unknown range: save it with 8 or 16 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

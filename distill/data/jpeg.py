@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+from collections.abc import Iterator
 from contextlib import suppress
 from types import ModuleType
 from typing import NamedTuple
@@ -29,6 +30,7 @@ _SCAN, _INTERVAL, _CAMERA = 0xDA, 0xDD, 0xE1
 _SKIPPED = {0xC4, 0xDB, 0xFE, *range(0xE0, 0xF0)}  # tables, a comment, what programs add
 _END = b"\xff\xd9"
 _ADOBE = b"\xff\xee\x00\x0eAdobe"  # 15 bytes after its first one stands 0 for RGB
+_MOST_SCANS = 1000  # of a JPEG; encoders write some 10
 
 
 class Box(NamedTuple):
@@ -71,11 +73,10 @@ def encode(image: Image.Image, *, quality: int) -> bytes:
 
 def parse(data: bytes) -> Jpeg | None:
     """What the header says; None if this is no JPEG, or something in it is unusual."""
-    if data[:2] != b"\xff\xd8":
+    if has_many_scans(data):
         return None
-    at, frame, interval = 2, 0, 0
-    while at + 12 <= len(data) and data[at] == 0xFF:
-        code, length = data[at + 1], _number(data, at + 2)
+    frame, interval = 0, 0
+    for code, at, length in _segments(data):
         if code in (_BASELINE, _EXTENDED, _PROGRESSIVE):
             frame = at
         elif code == _INTERVAL:
@@ -87,8 +88,21 @@ def parse(data: bytes) -> Jpeg | None:
                 return None
         elif code not in _SKIPPED:
             return None
-        at += 2 + length
     return None
+
+
+def has_many_scans(data: bytes) -> bool:
+    """Whether a JPEG was made to be slow.
+
+    Each scan goes through all pixels, were it empty, so that 20 KB can hold minutes.
+    """
+    frame = 0
+    for code, at, _ in _segments(data):
+        if code in (_BASELINE, _EXTENDED):
+            frame = at
+        elif code == _SCAN and frame and data[at + 4] == data[frame + 9]:
+            return False  # one scan has all colours, and nothing after it is looked at
+    return data.count(bytes((0xFF, _SCAN))) > _MOST_SCANS
 
 
 def is_common(jpeg: Jpeg) -> bool:
@@ -161,6 +175,15 @@ def window(jpeg: Jpeg, box: Box) -> tuple[bytes, int, int] | None:
     np.frombuffer(found, np.uint8)[numbers] = 0xD0 + np.arange(len(numbers)) % 8
     found[-2:] = _END
     return bytes(found), left, top
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, place and length of what comes before the first coded pixels, which is the last."""
+    at, code = 2, 0
+    while data[:2] == b"\xff\xd8" and at + 12 <= len(data) and data[at] == 0xFF and code != _SCAN:
+        code, length = data[at + 1], _number(data, at + 2)
+        yield code, at, length
+        at += 2 + length
 
 
 def _told(data: bytes, frame: int, scan: int, interval: int) -> Jpeg | None:

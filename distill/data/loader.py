@@ -15,6 +15,7 @@ from torch import Tensor
 from distill import recipe
 from distill.data import views
 from distill.data.augment._augmentation import to_device
+from distill.data.manifest import Recorded
 from distill.data.pixels import Views, to_float
 from distill.data.tars import Tars
 from distill.data.workers import Decoder, Files
@@ -87,7 +88,7 @@ class Loader:
         self._dataset, self._data = dataset, data
         self._train_seed, self._device = train_seed, device
         self._rank, self._world, self._rows = rank, world, batch_size // world
-        self._num_views, self._kept = num_views, kept
+        self._num_views, self._kept, self._audience = num_views, kept, audience
         self.views = Views(dataset, data, device=device, workers=workers, audience=audience)
 
     def view(self, epoch: int) -> int:
@@ -114,6 +115,21 @@ class Loader:
         ):
             yield batch._replace(cached=columns)
 
+    def apart(self) -> Loader:
+        """Another loader of the same batches, that reads beside whatever this one is reading."""
+        return Loader(
+            self._dataset,
+            self._data,
+            batch_size=self._rows * self._world,
+            train_seed=self._train_seed,
+            device=self._device,
+            rank=self._rank,
+            world=self._world,
+            num_views=self._num_views,
+            audience=self._audience,
+            kept=self._kept,
+        )
+
     def close(self) -> None:
         """End the worker processes."""
         self.views.close()
@@ -123,7 +139,7 @@ class Loader:
         ids, mixed = self._dataset.train_ids, self._data.shuffle_shards
         if mixed is not None:
             files = self._dataset.train.files
-            assert isinstance(files, Tars), "the recipe checks this"
+            assert isinstance(files, Tars | Recorded), "the recipe checks this"
             ends = np.searchsorted(ids, files.ends)
             return views.shard_order(ends, mixed=mixed, train_seed=self._train_seed, epoch=epoch)
         return views.epoch_order(

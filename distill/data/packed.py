@@ -17,6 +17,7 @@ from numpy import ndarray
 from PIL import Image
 
 from distill import storage
+from distill.component import Count
 from distill.data import encoded, images, jpeg, tar_index
 from distill.data.encoded import Encoded
 from distill.data.tars import TRAIN
@@ -70,8 +71,8 @@ class Shard(NamedTuple):
 class Plan(NamedTuple):
     """How a split is cut, told by some of its images."""
 
-    images_a_shard: int
-    bytes_an_image: int
+    images_a_shard: Count
+    bytes_an_image: Count
 
 
 def plan(source: Source, split: str, data: Data, settings: Settings) -> Plan:

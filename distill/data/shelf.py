@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from distill import remote, storage
 from distill.errors import DamagedError, IncompatibleError, PreflightError
@@ -21,15 +20,15 @@ PLACE, BYTES = "DISTILL_SHARDS", "DISTILL_SHARDS_BYTES"  # variables of the envi
 
 _MOST_BYTES = 100 * 10**9  # of copies, where the disk has twice as much room
 _PART = 2**23  # bytes that are fetched at once
+_CONTENT = ("ETag", "etag", "generation", "md5Hash", "content_md5")  # of s3, gs, az
 _FETCHING = 2  # shards that are fetched ahead at once
-_ORPHAN_SECONDS = 3600.0  # after which a half-fetched copy is nobody's
 
 
 class File(NamedTuple):
     """What is known of a file without reading it."""
 
     size: int  # bytes
-    changed: int  # nanoseconds; 0 where it is not known
+    changed: int  # nanoseconds, or a number for what a store calls this content; 0: not known
 
 
 class Shelf(Protocol):
@@ -94,7 +93,7 @@ class There:
         base = Path(os.environ.get(PLACE) or storage.scratch("shards")).expanduser()
         self._base = base
         self._copies = base / hashlib.sha256(self.origin.encode()).hexdigest()[:16]
-        self._sizes: dict[str, File] = {}
+        self._files: dict[str, File] = {}
         self._client: tuple[int, Any, str] | None = None  # whose it is, and the path there
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,17 +105,17 @@ class There:
         with remote.refusals(self.origin):
             found: dict[str, Any] = files.find(root, maxdepth=2, detail=True)
         start = len(root.rstrip("/")) + 1
-        self._sizes = {path[start:]: File(entry["size"], 0) for path, entry in found.items()}
-        return self._sizes
+        self._files = {path[start:]: _file(entry) for path, entry in found.items()}
+        return self._files
 
     def path(self, name: str) -> Path:
         """A copy of a file, fetched if it is not here."""
-        path = self._copies / name.replace("/", "%")
+        known = self._files[name]  # of another content, a copy of it has another name
+        path = self._copies / f"{known.size:x}-{known.changed:x}-{name.replace('/', '%')}"
         with suppress(FileNotFoundError):
             os.utime(path)  # it is in use: others make room first
             return path
-        self._copies.mkdir(parents=True, exist_ok=True)
-        with _alone(path.with_name(f".{path.name}.lock")):
+        with storage.alone(path.with_name(f".{path.name}.lock")):
             if not path.exists():  # nobody else has fetched it meanwhile
                 self._fetch(name, path)
         return path
@@ -127,9 +126,8 @@ class There:
         Raises:
             PreflightError: If it cannot be fetched, or the disk is full.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.touch()
-        self._download(name, temporary, path)
+        with storage.writing(path) as file:
+            self._download(name, file)
 
     def require_room(self, needed: int) -> None:
         """Refuse to work with too few copies.
@@ -145,34 +143,31 @@ class There:
             )
 
     def _fetch(self, name: str, path: Path) -> None:
-        size = self._sizes[name].size
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with _alone(self._base / ".lock"):
-            self._make_room(size)
-            with temporary.open("wb") as file:
-                file.truncate(size)  # others count it while it is fetched
-        self._download(name, temporary, path)
+        size = self._files[name].size
+        with ExitStack() as fetching:
+            with storage.alone(self._base / ".lock"):
+                self._make_room(size)
+                # As large as it will be: others count it while it is fetched.
+                file = fetching.enter_context(storage.writing(path, size))
+            self._download(name, file)
 
-    def _download(self, name: str, temporary: Path, path: Path) -> None:
-        """Put a file at `path`, whole or not at all, by way of another that is there."""
+    def _download(self, name: str, file: BinaryIO) -> None:
+        """Fill a file here with what one there holds."""
         files, root = self._connected()
-        size = self._sizes[name].size
-        try:
-            with temporary.open("r+b") as file:
-                for start in range(0, size, _PART):
-                    end = min(start + _PART, size)
-                    with remote.refusals(self.origin, name):
-                        data = files.cat_file(f"{root}/{name}", start=start, end=end)
-                    if len(data) < end - start:
-                        raise DamagedError(f"{self.origin}/{name}: changed while it was fetched")
-                    file.write(data)
-            temporary.replace(path)
-        except OSError as error:
-            if isinstance(error, PreflightError):
-                raise
-            raise PreflightError(f"{temporary}: {error.strerror}", hint=f"see {PLACE}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        known = self._files[name]
+        for start in range(0, known.size, _PART):
+            end = min(start + _PART, known.size)
+            with remote.refusals(self.origin, name):
+                data = files.cat_file(f"{root}/{name}", start=start, end=end)
+            if len(data) < end - start:
+                raise DamagedError(f"{self.origin}/{name}: cut short while it was fetched")
+            file.write(data)
+        with remote.refusals(self.origin, name):
+            found = _file(files.info(f"{root}/{name}"))
+        if found.size != known.size or found.changed not in (known.changed, 0):
+            raise DamagedError(
+                f"{self.origin}/{name}: changed since it was listed", hint="run again"
+            )
 
     def _connected(self) -> tuple[Any, str]:
         """A client of this process: after a fork, that of the parent would wait without end."""
@@ -183,14 +178,14 @@ class There:
 
     def _make_room(self, size: int) -> None:
         """Remove the copies that were not used for longest, until there is room for one more."""
-        storage.sweep(self._base, seconds=_ORPHAN_SECONDS)
+        storage.sweep(self._base)
         held = self._held()
         free = _most_bytes(self._base, held) - sum(copy.size for copy in held)
         for copy in sorted(held):
             if free >= size:
                 return
             if not copy.path.name.startswith("."):
-                copy.path.unlink(missing_ok=True)
+                storage.remove(copy.path)
                 free += copy.size
 
     def _held(self) -> list[_Copy]:
@@ -248,15 +243,11 @@ def ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@contextmanager
-def _alone(path: Path) -> Generator[None]:
-    """Wait until no other process or thread holds the file at `path`, and hold it."""
-    with path.open("ab") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a process that was forked meanwhile has it too
+def _file(about: Mapping[str, Any]) -> File:
+    """What a store tells of a file. Each has a name of its own for what follows the content."""
+    told = next((str(about[key]) for key in _CONTENT if about.get(key)), "")
+    digest = hashlib.sha256(told.encode()).digest()
+    return File(about["size"], int.from_bytes(digest[:7]) if told else 0)
 
 
 def _most_bytes(base: Path, held: Iterable[_Copy]) -> int:

@@ -15,17 +15,19 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy import ndarray
+from pydantic import BaseModel
 
-from distill import storage
+from distill import jsonio, storage
 from distill.data import images
 from distill.data._tar import Archive, Member
 from distill.data.folder import SUFFIXES
 from distill.data.shelf import File
-from distill.errors import DamagedError, PreflightError
+from distill.errors import DamagedError, IdentityError, PreflightError
+from distill.identity import require_known
 
 RECORD = np.dtype(
     [
@@ -80,6 +82,14 @@ class Shard(NamedTuple):
     def end(self) -> int:
         """Where the next section begins."""
         return self.start + self.images * RECORD.itemsize + self.keys
+
+
+class _About(BaseModel):
+    """The object at the end of an index."""
+
+    checked: bool
+    content: str
+    shards: list[Shard]
 
 
 class Index(NamedTuple):
@@ -187,6 +197,8 @@ def _sample(
             f"{name}: a sample without a class",
             hint='its number is what NAME.cls holds, or stands under "label" in NAME.json',
         )
+    if found[0].size > images.MOST_BYTES:
+        raise PreflightError(f"{name}: {found[0].size:,} bytes, which no photograph has")
     return found[0], label
 
 
@@ -195,13 +207,13 @@ def _label(archive: Archive, name: str, parts: dict[str, list[Member]]) -> int |
         for member in parts.get(suffix, ()):
             try:
                 text = archive.read(member.offset, min(member.size, _MOST_LABEL))
-                value = int(text) if suffix == "cls" else json.loads(text).get("label")
+                value = int(text) if suffix == "cls" else jsonio.mapping(text).get("label")
                 if value is None:
                     continue
                 if type(value) is not int or not 0 <= value < 2**31:
                     raise ValueError
                 return value
-            except (ValueError, AttributeError, RecursionError):
+            except ValueError:
                 raise PreflightError(f"{name}.{suffix}: no class number from 0") from None
     return None
 
@@ -236,26 +248,24 @@ def write(
     """
     found: list[Shard] = []
     crc, content = 0, hashlib.sha256()
-    with storage.staged(path.parent) as aside:
-        with (aside / path.name).open("wb") as file:
-            for (name, known), section in zip(files.items(), sections, strict=True):
-                data, start = section.to_bytes(), found[-1].end if found else 0
-                counts = len(section.records), len(section.keys)
-                found.append(Shard(name, known.size, known.changed, *counts, start))
-                file.write(data)
-                crc = zlib.crc32(data, crc)
-                content.update(section.keys)
-                for field in ("size", "crc32", "key_end"):
-                    content.update(section.records[field].tobytes())
-            about = {
-                "format": _FORMAT,
-                "checked": checked,
-                "content": content.hexdigest(),
-                "shards": found,
-            }
-            text = json.dumps(about).encode()
-            file.write(text + _TAIL.pack(len(text), zlib.crc32(text, crc), _MAGIC))
-        storage.publish(aside, path.parent, first=path.name)
+    with storage.writing(path) as file:
+        for (name, known), section in zip(files.items(), sections, strict=True):
+            data, start = section.to_bytes(), found[-1].end if found else 0
+            counts = len(section.records), len(section.keys)
+            found.append(Shard(name, known.size, known.changed, *counts, start))
+            file.write(data)
+            crc = zlib.crc32(data, crc)
+            content.update(section.keys)
+            for field in ("size", "crc32", "key_end"):
+                content.update(section.records[field].tobytes())
+        about = {
+            "format": _FORMAT,
+            "checked": checked,
+            "content": content.hexdigest(),
+            "shards": found,
+        }
+        text = json.dumps(about).encode()
+        file.write(text + _TAIL.pack(len(text), zlib.crc32(text, crc), _MAGIC))
     return Index(path, tuple(found), checked, content.hexdigest())
 
 
@@ -264,6 +274,7 @@ def read(path: Path) -> Index | None:
 
     Raises:
         DamagedError: If a byte of it is another than was written.
+        IdentityError: If a newer version wrote it.
         PreflightError: If it cannot be read.
     """
     try:
@@ -273,6 +284,8 @@ def read(path: Path) -> Index | None:
         return None
     except OSError as error:
         raise PreflightError(f"{path}: {error.strerror}") from None
+    except IdentityError:
+        raise
     except (ValueError, KeyError, TypeError, struct.error):
         raise DamagedError(
             f"{path}: its content changed after it was written",
@@ -287,12 +300,21 @@ def _read(path: Path, file: BinaryIO) -> Index:
     if magic != _MAGIC or length > end:
         raise ValueError("no index")
     file.seek(end - length)
-    about: dict[str, Any] = json.loads(file.read(length))
-    shards = tuple(Shard(*entry) for entry in about["shards"])
+    about = jsonio.mapping(file.read(length))
     file.seek(0)
     crc = 0
     while size := min(_CHUNK, end - file.tell()):
         crc = zlib.crc32(file.read(size), crc)
-    if crc != stated or about["format"] != _FORMAT:
+    if crc != stated:
         raise ValueError("altered")
-    return Index(path, shards, about["checked"], about["content"])
+    require_known(about["format"], _FORMAT, str(path))
+    found = jsonio.checked(_About, about)
+    shards = tuple(found.shards)
+    if any(not 0 <= number < 2**63 for shard in shards for number in shard[1:]):
+        raise ValueError("sizes that no file has")
+    starts = (0, *(shard.end for shard in shards))
+    if any(shard.start != start for shard, start in zip(shards, starts, strict=False)):
+        raise ValueError("sections that do not follow each other")
+    if starts[-1] != end - length:
+        raise ValueError("sections that are not all there")
+    return Index(path, shards, found.checked, found.content)

@@ -22,7 +22,7 @@ from distill.data.encoded import Ids, Split, Stored
 from distill.data.folder import Images
 from distill.data.shelf import File, Here, Shelf, There
 from distill.data.tar_index import MOST_PIXELS, RECORD, Index, Section
-from distill.errors import DamagedError, IncompleteError, PreflightError
+from distill.errors import DamagedError, IdentityError, IncompleteError, PreflightError
 from distill.remote import is_remote
 
 TRAIN, TESTS = "train", ("test", "val")
@@ -44,6 +44,7 @@ class Tars:
 
     Attributes:
         origin: The place of the shards.
+        checked: Whether there are checksums of the images, as in a pack.
         content: SHA-256 of what tells these images from others.
         ends: How many images there are up to the end of every shard.
 
@@ -54,13 +55,13 @@ class Tars:
     """
 
     def __init__(self, place: Shelf, index: Index, *, ahead: int) -> None:
-        self.origin, self.content = place.origin, index.content
+        self.origin, self.content, self.checked = place.origin, index.content, index.checked
         self._shelf, self._index, self._ahead = place, index, ahead
         self.ends = np.cumsum([shard.images for shard in index.shards], dtype=np.int64)
         self._open: dict[int, int] = {}  # descriptors
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
@@ -77,7 +78,8 @@ class Tars:
         ends = self._records(shard, first, position + 1 - first)["key_end"].tolist()
         start = ends[0] if position else 0
         at = section.end - section.keys + start
-        key = self._bytes(_INDEX, at, ends[-1] - start)
+        size = min(max(ends[-1] - start, 0), section.keys)  # an altered index may say anything
+        key = self._bytes(_INDEX, at, size)
         return f"{section.name}/{os.fsdecode(key)}"
 
     def read(self, number: int) -> bytes:
@@ -89,6 +91,12 @@ class Tars:
         """
         shard, position = self._place(number)
         ((offset, size, crc32, *_),) = self._records(shard, position, 1).tolist()
+        if offset + size > self._index.shards[shard].size:
+            raise DamagedError(
+                f"{self._index.path}: says that {self.name(number)} lies behind the end of its "
+                "shard",
+                hint="remove it: it is made again; " + _AGAIN,
+            )
         data = self._bytes(shard, offset, size)
         if self._index.checked and zlib.crc32(data) != crc32:
             raise DamagedError(
@@ -123,11 +131,17 @@ class Tars:
 
     def labels(self) -> Int64[ndarray, " N"]:
         """The class of every image."""
+        return self._field("label")
+
+    def sizes(self) -> Int64[ndarray, " N"]:
+        """Bytes of every image."""
+        return self._field("size")
+
+    def _field(self, name: str) -> Int64[ndarray, " N"]:
         found, first = np.empty(len(self), np.int64), 0
         for section in self._index.sections():
-            records = section.records
-            found[first : first + len(records)] = records["label"]
-            first += len(records)
+            found[first : first + len(section.records)] = section.records[name]
+            first += len(section.records)
         return found
 
     def _place(self, number: int) -> tuple[int, int]:
@@ -283,7 +297,7 @@ def _index(place: Here | There, split: str, files: Mapping[str, File]) -> Index:
     for folder in folders:
         try:
             found = tar_index.read(folder / name)
-        except DamagedError:
+        except (DamagedError, IdentityError):
             continue
         if found is not None and found.describes(files):
             return found
@@ -293,7 +307,8 @@ def _index(place: Here | There, split: str, files: Mapping[str, File]) -> Index:
     what = f"{len(files):,} {split} shards, {storage.size(size)}"
     console.say(f"{place.origin}: looking once through {what}")
     folder = folders[0] if os.access(folders[0], os.W_OK) else folders[-1]
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
+    storage.sweep(folder, below=False)
     workers = 0 if size < _SERIAL else min(len(files), cores(), _MOST_WORKERS)
     sections = in_processes(partial(_scanned, place), list(files), workers=workers)
     return tar_index.write(folder / name, sections, files, checked=False)
@@ -316,7 +331,7 @@ def _index_of_pack(place: Here | There, split: str, files: Mapping[str, File]) -
     path = Path(place.origin, name)
     if isinstance(place, There):
         path = _aside(place.origin) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(path.parent)
         place.fetch(name, path)
     found = tar_index.read(path)
     assert found is not None

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from distill.data import encoded, images
 from distill.data.augment import Stage
 from distill.data.augment.resized_crop import ResizedCrop, scaled
 from distill.data.encoded import Encoded
-from distill.errors import DistillError, PreflightError
+from distill.errors import STOP_SIGNALS, DistillError, PreflightError
 
 A = TypeVar("A")
 T = TypeVar("T")
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _KEPT = 3  # decoded files: a sample and two partners, where its views are mixed
 
 
@@ -135,9 +139,29 @@ class _Jobs(Dataset[T]):
 
     def __getitem__(self, task: Any) -> T | DistillError:  # type: ignore[override]
         try:
-            return self._job(task)
+            return _shared(self._job(task))
         except DistillError as error:
             return error  # as a value: torch would raise it with a traceback for a message
+
+
+def _shared(made: T) -> T:
+    """Put tensors where the main process reads them, while an error is still heard.
+
+    torch would do it in a thread of the worker; where that fails, the main process waits forever.
+
+    Raises:
+        PreflightError: If there is no room.
+    """
+    if get_worker_info() is None:
+        return made
+    try:
+        return cast("T", tree_map_only(Tensor, Tensor.share_memory_, made))
+    except RuntimeError as error:
+        raise PreflightError(
+            f"/dev/shm: no room for a batch of images: {str(error).splitlines()[0]}",
+            hint="fewer --workers or a smaller batch need less of it, --workers 0 none; a "
+            "container has 64 MB unless it is started with --shm-size",
+        ) from None
 
 
 def _delivered(loader: DataLoader[T]) -> Iterator[T]:
@@ -250,7 +274,20 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _stand_apart(worker: int) -> None:
-    """Leave signals to the process group (Ctrl-C, a scheduler's warning) to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+    """Leave signals (Ctrl-C, a scheduler's warning) to the main process, and end when it ends.
+
+    torch looks for that every five seconds; until then a worker would hold the folder's lock.
+    """
+    for signum in STOP_SIGNALS:
+        if signum != signal.SIGTERM:  # by which torch ends it
+            signal.signal(signum, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    end_with(os.getppid(), signal.SIGKILL)
+
+
+def end_with(parent: int, signum: int) -> None:
+    """Let the kernel send this process a signal when the one that started it ends, on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum))
+        if os.getppid() != parent:  # it has ended already
+            os.kill(os.getpid(), signum)

@@ -9,17 +9,16 @@ from distill.cache.store import places
 from distill.cache.verify import indexed
 from distill.cache.write import read_manifest
 from distill.data import datasets
+from distill.engine import machine
 from distill.engine.jobs import Settings, build_jobs
-from distill.engine.machine import Machine, StopRequest
+from distill.engine.machine import Machine
 from distill.engine.precompute import Built, precompute
 from distill.engine.train import train_teachers
 from distill.errors import IncompleteError
 from distill.recipe import Recipe
 
 
-def build_caches(
-    recipe: Recipe, place: str, run: Path, here: Machine, stop: StopRequest, settings: Settings
-) -> Built:
+def build_caches(recipe: Recipe, place: str, run: Path, here: Machine, settings: Settings) -> Built:
     """Make this part of the teachers' caches, or what is still missing of it.
 
     Args:
@@ -27,7 +26,6 @@ def build_caches(
         place: Where the caches lie.
         run: The run directory beside which teachers that are recipes have theirs.
         here: Where.
-        stop: Asked between batches.
         settings: How the pass is made.
 
     Raises:
@@ -38,15 +36,14 @@ def build_caches(
     """
     for _, store in places(recipe.teachers, place):
         read_manifest(store)  # a wrong address, or a damaged cache, before anything is trained
-    train_teachers(recipe, run, here, stop, parts=settings.shard[1])
+    train_teachers(recipe, run, here, parts=settings.shard[1])
     dataset = datasets.load(recipe.data)
     jobs = build_jobs(recipe, place, run, dataset, here, unit_rows=settings.unit_rows)
-    return precompute(recipe, jobs, dataset, here, stop, settings)
+    with machine.stop_request() as stop:
+        return precompute(recipe, jobs, dataset, here, stop, settings)
 
 
-def complete_caches(
-    recipe: Recipe, run: Path, here: Machine, stop: StopRequest, *, shard: tuple[int, int]
-) -> None:
+def complete_caches(recipe: Recipe, run: Path, here: Machine, *, shard: tuple[int, int]) -> None:
     """Make what the recipe's caches lack, this process's part of it first.
 
     Then what the others have not made yet, so that none has to wait for another. Nothing is done
@@ -59,7 +56,7 @@ def complete_caches(
         return
     for part in dict.fromkeys((shard, (1, 1))):
         if not _complete(recipe, recipe.cache.path):
-            build_caches(recipe, recipe.cache.path, run, here, stop, Settings(shard=part))
+            build_caches(recipe, recipe.cache.path, run, here, Settings(shard=part))
 
 
 def _complete(recipe: Recipe, place: str) -> bool:

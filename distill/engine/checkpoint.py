@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 import os
 import platform
-import shutil
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import safetensors.torch
 import torch
+from annotated_types import Ge
+from pydantic import BaseModel
 from torch import Tensor
 
-from distill import storage
-from distill.errors import DamagedError, DivergedError, IdentityError
-from distill.identity import require_same
+from distill import console, jsonio, storage
+from distill.engine.machine import PACKAGES, processor
+from distill.errors import DamagedError, DivergedError, IdentityError, PreflightError
+from distill.identity import differences, require_known, require_same
 
 FORMAT = 1
 KEEP = 2  # the newest, and one to fall back on should the disk damage it
+FILES = 8 * (KEEP + 1) + 8  # that a run directory holds at most, folders counted too
+_ROW_BYTES = 400  # of metrics.jsonl
+_NAME = re.compile(r"step-[0-9]+")
 
 
 class Checkpoint(NamedTuple):
@@ -30,19 +39,45 @@ class Checkpoint(NamedTuple):
     values: dict[str, Any]  # everything that is not a tensor, as JSON
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, identity: Mapping[str, Any]) -> None:
+class _State(BaseModel):
+    """What `state.json` holds."""
+
+    step: Annotated[int, Ge(0)]
+    identity: dict[str, Any]
+    numerics: dict[str, Any]
+    values: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    identity: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    warn: Callable[[str], None] = console.warn,
+) -> None:
     """Write the checkpoint as `folder/step-N/`, then remove all but the newest two.
+
+    Nothing is removed before the new one was read back as it was written.
+
+    Args:
+        folder: Of all checkpoints of a run.
+        checkpoint: What is kept.
+        identity: What a run that goes on with it must have in common with this one.
+        options: Of this start, that decide last bits.
+        warn: Says what the user should know.
 
     Raises:
         DivergedError: If a tensor holds a number that is not finite; nothing is written.
         PreflightError: If the disk is full; older checkpoints stay as they were.
+        DamagedError: If what is read back is not what was written; likewise.
     """
     _require_finite(checkpoint)
     state = {
         "format": FORMAT,
         "step": checkpoint.step,
         "identity": identity,
-        "numerics": numerics(),
+        "numerics": numerics(options),
         "values": checkpoint.values,
     }
     files = {
@@ -53,59 +88,136 @@ def save(folder: Path, checkpoint: Checkpoint, *, identity: Mapping[str, Any]) -
     }
     files["state.json"] = json.dumps(state, indent=1).encode()
     path = folder / f"step-{checkpoint.step:08d}"
-    if not path.exists():  # a second Ctrl-C can ask for the same step twice
+    if not _is_whole(path, warn):
         storage.write_folder(path, files)
-    for old in _newest_first(folder)[KEEP:]:
-        shutil.rmtree(old)
+        try:
+            storage.check_folder(path)
+        except DamagedError as error:
+            if not path.exists():
+                raise PreflightError(f"{path}: was removed as soon as it was written") from None
+            raise DamagedError(
+                f"{error}, as it is read back; older checkpoints are kept",
+                hint="the disk or the memory is at fault: the same command with another --out",
+            ) from None
+    others = [other for other in _newest_first(folder) if other != path]
+    for old in others[KEEP - 1 :]:
+        try:
+            storage.remove_folder(old)
+        except PreflightError as error:
+            warn(f"{error}; the run goes on, and it stays there")
 
 
 def load(
-    folder: Path, *, identity: Mapping[str, Any], warn: Callable[[str], None]
+    folder: Path,
+    *,
+    identity: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    warn: Callable[[str], None],
 ) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is no checkpoint at all.
 
-    A damaged one is set aside as `step-N.damaged` and said aloud; the one before it is taken.
+    A damaged one is set aside as `step-N.damaged`, and the one before it is taken: said aloud, with
+    what is wrong in which file, and how many steps are trained again.
+
+    Args:
+        folder: Of all checkpoints of a run.
+        identity: What the run must have in common with the one that wrote it.
+        options: Of this start, that decide last bits. With `deterministic` a start that would give
+            others is refused, without it warned of.
+        warn: Says what the user should know.
 
     Raises:
         DamagedError: If there are checkpoints, and none is whole.
-        IdentityError: If the checkpoint belongs to another recipe, teacher or data set.
+        IdentityError: If the checkpoint belongs to another recipe, teacher or data set, a newer
+            version wrote it, or its last bits could not be kept and have to be.
     """
-    found = _newest_first(folder)
-    faults = []
-    for path in found:
+    faults = dict[Path, str]()
+    for path in _newest_first(folder):
         try:
-            files = storage.read_folder(path)
-            state = json.loads(files.pop("state.json"))
-            tensors = {Path(name).stem: safetensors.torch.load(b) for name, b in files.items()}
-        except (DamagedError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            faults.append(str(error))
-            warn(f"{path.name} is damaged and set aside ({error}); the one before it is taken")
+            state, tensors = _read(path)
+        except DamagedError as error:
+            faults[path] = str(error)
             _set_aside(path)
             continue
-        _compare(state, identity, path)
-        if state["numerics"] != numerics():
-            changed = [k for k, v in numerics().items() if state["numerics"].get(k) != v]
+        step = state["step"]
+        for damaged, what in faults.items():
             warn(
-                f"going on with another {', '.join(changed)}: same data and order, other last bits"
+                f"{damaged.name} is damaged and set aside: {what}; going back to step {step}: "
+                f"{_step(damaged) - step} steps are trained again"
             )
-        return Checkpoint(state["step"], tensors, state["values"])
+        _compare(state, identity, path)
+        _compare_numerics(state["numerics"], numerics(options), path, warn)
+        return Checkpoint(step, tensors, state["values"])
     if faults or any(folder.glob("step-*.damaged")):
+        what = "; ".join(faults.values()) or "all were set aside"
         raise DamagedError(
-            f"{folder}: no checkpoint is whole ({'; '.join(faults) or 'all were set aside'})",
+            f"{folder}: no checkpoint is whole ({what})",
             hint="`--restart` trains from the beginning; the damaged ones are kept beside it",
         )
     return None
 
 
-def numerics() -> dict[str, Any]:
-    """What decides the last bits of a result besides the recipe."""
+def room(folder: Path, model: int, rows: int) -> int:
+    """Bytes that a run will still need: for checkpoints, one in work, its metrics and its student.
+
+    Args:
+        folder: Of its checkpoints, those that are there already.
+        model: Bytes of the weights that are trained.
+        rows: Of its metrics, which every checkpoint holds too.
+    """
+    there = min(KEEP, len(_newest_first(folder)))
+    kept = 4 * model + _ROW_BYTES * rows  # weights, their average and two moments
+    return (KEEP + 1 - there) * kept + model + _ROW_BYTES * rows
+
+
+def numerics(options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What decides the last bits of a result besides the recipe.
+
+    Args:
+        options: Of a start that do so too.
+    """
     cuda = torch.cuda.is_available()
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "cudnn": torch.backends.cudnn.version() if cuda else None,  # type: ignore[no-untyped-call]
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        **{name: _version(name) for name in (*PACKAGES, "pillow") if name != "torch"},
+        "deterministic": False,
+        **(options or {}),
     }
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return None
+
+
+def _compare_numerics(
+    before: Mapping[str, Any], now: Mapping[str, Any], path: Path, warn: Callable[[str], None]
+) -> None:
+    # What an older version did not write is not known.
+    then = {key: value for key, value in now.items() if key != "deterministic"}
+    then |= {"deterministic": False, **before}
+    changed = differences(then, now)
+    if not changed:
+        return
+    if now["deterministic"]:
+        raise IdentityError(
+            f"{path}: train.deterministic: true, and this start would give other last bits than "
+            f"the one that wrote it: {'; '.join(changed)}",
+            hint="start it as it was (OMP_NUM_THREADS sets the threads), go on all the same with "
+            "--set train.deterministic=false, or --restart",
+        )
+    lost = "other last bits"
+    if any(then[key] != now[key] for key in ("processes", "device_batch_size") if key in now):
+        lost += ", other masks of dropout, and BatchNorm sees other groups of images"
+    warn(f"going on with another {'; '.join(changed)}: same data and order, {lost}")
 
 
 def _require_finite(checkpoint: Checkpoint) -> None:
@@ -121,11 +233,6 @@ def _require_finite(checkpoint: Checkpoint) -> None:
 
 
 def _compare(state: dict[str, Any], identity: Mapping[str, Any], path: Path) -> None:
-    if state["format"] > FORMAT:
-        raise IdentityError(
-            f"{path}: written by a newer version (format {state['format']}, known is {FORMAT})",
-            hint="update distill, or give another --out",
-        )
     require_same(
         state["identity"],
         dict(identity),
@@ -134,12 +241,54 @@ def _compare(state: dict[str, Any], identity: Mapping[str, Any], path: Path) -> 
     )
 
 
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """State and tensors of a checkpoint.
+
+    Raises:
+        DamagedError: If it is not what was written.
+        IdentityError: If a newer version wrote it.
+    """
+    files = storage.read_folder(path)
+    try:
+        state = jsonio.mapping(files.pop("state.json"))
+        require_known(state["format"], FORMAT, str(path))
+        state = jsonio.checked(_State, state).model_dump()
+        tensors = {Path(name).stem: safetensors.torch.load(b) for name, b in files.items()}
+    except IdentityError:
+        raise
+    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise DamagedError(f"{path}: holds no checkpoint: {error}") from None
+    return state, tensors
+
+
+def _is_whole(path: Path, warn: Callable[[str], None]) -> bool:
+    """Whether a step is there already: a second Ctrl-C can ask for it twice."""
+    if not path.exists():
+        return False
+    try:
+        storage.check_folder(path)
+    except DamagedError as error:
+        warn(f"{path.name} is damaged, set aside and written again: {error}")
+        _set_aside(path)
+        return False
+    return True
+
+
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("step-*") if p.suffix != ".damaged"), reverse=True)
+    found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _set_aside(path: Path) -> None:
     target = path.with_name(f"{path.name}.damaged")
-    if target.exists():
-        shutil.rmtree(target)
-    path.rename(target)
+    with suppress(OSError):  # another process of the run was first; or it stays, and is not read
+        try:
+            storage.move(path, target)
+        except OSError:
+            if path.exists():  # an earlier one has that name
+                storage.remove_folder(target)
+                storage.move(path, target)

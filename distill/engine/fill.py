@@ -24,7 +24,7 @@ from distill.engine import cached
 from distill.engine.canaries import numerics, precision
 from distill.engine.jobs import Job, Settings
 from distill.engine.machine import BATCH_SIZE, Machine, StopRequest
-from distill.engine.precompute import bits, precompute
+from distill.engine.precompute import bits, precompute, require_room
 from distill.models.network import Network
 from distill.recipe import Recipe
 from distill.teacher import Live, own_columns, pack, unpack
@@ -66,6 +66,8 @@ class Filler:
             reader = Reader(store, manifest, num_views=num_views, partial=True)
             job = Job(name, store, network, manifest)
             self.members.append(_Member(job, reader, cached.prefix(manifest), recipe, here.device))
+        if here.main:
+            require_room([member.job for member in self.members], num_views)
         self._caches = cached.Caches([member.reader for member in self.members])
         self.row_bytes = self._caches.row_bytes
         self._whole: set[int] = set()  # views that are read

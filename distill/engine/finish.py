@@ -12,7 +12,7 @@ from distill.engine.cached import Tutor
 from distill.engine.machine import Machine
 from distill.engine.networks import trained
 from distill.engine.run import Counter, Result, Run
-from distill.engine.session import Session, answers
+from distill.engine.session import Session, answers, taught
 from distill.evaluate import Predictions
 from distill.models import cost, weights
 from distill.recipe import Recipe
@@ -44,7 +44,7 @@ def _test_scores(
 ) -> dict[str, float]:
     if tutor.network is None:
         return {}
-    return evaluate.scores(answers(tutor.network, "test", recipe, dataset, here))._asdict()
+    return taught(tutor, answers(tutor.network, "test", recipe, dataset, here))._asdict()
 
 
 def finish(

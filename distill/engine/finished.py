@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from distill import console, models
+from distill import component, console, models
 from distill.data import datasets
 from distill.data.datasets import Dataset
 from distill.engine.networks import facts, trained
 from distill.engine.run import Result, Run
-from distill.errors import DistillError, PreflightError
+from distill.errors import DistillError, IncompatibleError, PreflightError
 from distill.models import weights
 from distill.models.network import Network
 from distill.recipe import Recipe, Teacher
@@ -83,8 +83,12 @@ class Loader:
 
         Raises:
             PreflightError: If data or weights are not there.
+            RecipeError: If it names code outside of distill that the user did not name.
+            IncompatibleError: If the data have other classes than it was trained on.
         """
         recipe = Recipe.load(path / "recipe.yaml")
+        for teacher in recipe.teachers:  # the run may be anybody's
+            component.require_vouched(teacher.model or "", path)
         if self._root is not None:
             data = recipe.data.model_copy(update={"root": str(self._root)})
             recipe = recipe.model_copy(update={"data": data})
@@ -95,4 +99,20 @@ class Loader:
         if key not in self._datasets:
             self._datasets[key] = datasets.load(recipe.data)
         network, result = weights.load(path), Run(path).finished()
+        _require_classes(path, network.classes, self._datasets[key].classes)
         return Finished(path, recipe, self._datasets[key], network, result)
+
+
+def _require_classes(path: Path, own: tuple[str, ...] | None, there: tuple[str, ...]) -> None:
+    """Refuse to count a network's answers by the labels of other classes."""
+    if own is None or own == there:
+        return
+    lacking = [name for name in own if name not in there]
+    spare = [name for name in there if name not in own]
+    what = [f"they lack {weights.listed(lacking)}"] if lacking else []
+    what += [f"they have {weights.listed(spare)}"] if spare else []
+    raise IncompatibleError(
+        f"{path}: the data have other classes than it was trained on: "
+        + ("; ".join(what) or "the same in another order"),
+        hint="give the data that it was trained on, or some with the same classes in their order",
+    )

@@ -18,8 +18,9 @@ from distill.engine import checkpoint, memory, optim, parallel
 from distill.engine.ahead import Ahead, Lanes
 from distill.engine.capture import Quickest, Told
 from distill.engine.checkpoint import Checkpoint
+from distill.engine.finite import Watch
 from distill.engine.machine import Machine, StopRequest
-from distill.engine.monitor import Display, Monitor
+from distill.engine.monitor import Display, Monitor, imbalance
 from distill.engine.run import Counter, Run
 from distill.engine.session import Session, answers
 from distill.engine.step import Step, add_gradients, train_step
@@ -29,8 +30,7 @@ from distill.teacher import Once
 from distill.types import Batch
 
 ROW_STEPS = 50  # steps between two rows of metrics.jsonl, or an epoch where that is shorter
-RATIO = (0.05, 50.0)  # of teacher's to labels' gradient; outside it one of them decides alone
-RATIO_PART = 0.1  # of the run in which it counts: later the labels are learned, and pull no more
+RATIO_PART = 0.1  # of the run in which it is said who decides alone: later the labels are learned
 
 
 class Training:
@@ -43,6 +43,7 @@ class Training:
         waited: Of these, seconds in which the device had no batch to work on.
         warnings: Said so far, for the result.
         losses: Means that the last row of metrics holds.
+        room: Bytes of disk that it may still need; known in the process that writes.
 
     Args:
         recipe: What is trained.
@@ -62,6 +63,8 @@ class Training:
     ) -> None:
         self.recipe, self.run, self.session, self.here = recipe, run, session, here
         self._quiet = quiet
+        options = {"deterministic": recipe.train.deterministic, **here.options}
+        self._alike: dict[str, Any] = {"identity": session.identity, "options": options}
         steps_per_epoch = session.loader.steps_per_epoch
         self.total = recipe.train.epochs * steps_per_epoch
         self._row_steps = min(ROW_STEPS, steps_per_epoch)
@@ -76,14 +79,18 @@ class Training:
             if isinstance(weight, schedule.Ramp)
         }
         names = list(session.distiller.objective.weights)
-        self._monitor = Monitor(run.metrics if here.main else None, names, here.device)
+        self._watch = Watch(session, here)
+        path = run.metrics if here.main else None
+        self._monitor = Monitor(path, names, here.device, self._watch)
         self.losses: dict[str, float] = {}
         if here.main:
             state = session.distiller.state_dict().values()
             size = sum(tensor.numel() * tensor.element_size() for tensor in state)
-            # Weights, their average and two moments, in each checkpoint and in the one in work.
-            storage.require_room(run.path, 4 * size * (checkpoint.KEEP + 1))
+            rows = self.total // self._row_steps + recipe.train.epochs
+            self.room = checkpoint.room(run.checkpoints, size, rows)
+            storage.require_room(run.path, self.room, files=checkpoint.FILES)
             storage.write(run.recipe, recipe.to_yaml().encode())
+            self._place = run.place()
         self.step, self.seconds, self.waited, self.warnings = self._resume()
 
     @property
@@ -99,6 +106,8 @@ class Training:
         scales = self._set_progress()
         with memory.wanted(len(batch.ids) // self._micro_batches, self.here.device):
             done = self._make(batch, self.hear(batch))
+        if self.here.device.type == "cpu":
+            self._watch.step(self.step + 1, batch, done)
         if session.average is not None:
             session.average.update(session.distiller.student, first=self.step == 0)
         self.step += 1
@@ -153,14 +162,14 @@ class Training:
         if session.scaler is not None:
             values["scaler"] = session.scaler.state_dict()
         if here.main:
-            checkpoint.save(
-                run.checkpoints, Checkpoint(self.step, tensors, values), identity=session.identity
-            )
+            run.require_place(self._place)
+            found = Checkpoint(self.step, tensors, values)
+            checkpoint.save(run.checkpoints, found, **self._alike)
 
     def _resume(self) -> Counter:
         """Put the newest checkpoint back, or begin."""
         session, run = self.session, self.run
-        found = checkpoint.load(run.checkpoints, identity=session.identity, warn=console.warn)
+        found = checkpoint.load(run.checkpoints, warn=console.warn, **self._alike)
         if found is None:
             if self.here.main:
                 storage.write(run.metrics, b"")
@@ -207,7 +216,8 @@ class Training:
     def _pieces(self, batch: Batch, weights: Mapping[str, float | Tensor]) -> int:
         """In how many the batch's gradients are added up, so that it fits into memory."""
         session, device, asked = self.session, self.here.device, self._micro_batches
-        if session.filler is not None:  # it would keep what is heard in a rehearsal
+        # A filler would keep what is heard in a rehearsal, and what fits is decided by the hour.
+        if session.filler is not None or self.recipe.train.deterministic:
             return asked
         if self.here.shards or (self.here.world > 1 and self.recipe.train.sync_batchnorm):
             return asked  # a process whose pass fails would leave the others waiting in theirs
@@ -256,6 +266,7 @@ class Training:
         """A row of metrics: the means since the last one, and how the step in work is balanced."""
         session, step = self.session, self.step
         means = self._monitor.means(step)
+        self._watch.state(step)
         ratio = session.distiller.objective.gradient_ratio(
             done.losses.logits, done.told, done.batch, scales
         )
@@ -274,16 +285,10 @@ class Training:
 
     def _mind_balance(self, row: dict[str, float]) -> None:
         """Warn once if teacher or labels decide alone while there is still something to decide."""
-        ratio = max(row.get("gradient_ratio", 1.0), 1e-12)
         said = any("gradient" in warning for warning in self.warnings)
         early = self.step / self.total <= RATIO_PART
-        if early and not said and not RATIO[0] <= ratio <= RATIO[1]:
-            strong, weak = ("teacher", "labels") if ratio > 1 else ("labels", "teacher")
-            self._warn(
-                f"at step {row['step']} the gradient from the {strong} is "
-                f"{max(ratio, 1 / ratio):.0f} times the one from the {weak}, which hardly counts; "
-                "mind weights and temperature"
-            )
+        if early and not said and (warning := imbalance(row)):
+            self._warn(warning)
 
     def _warn(self, what: str) -> None:
         """Say it, and keep it for the result; once."""
@@ -370,13 +375,15 @@ def fit(
             last, waited = now, ahead.waited
             if row:
                 display.losses([training.losses for training in alive])
-            stopped = stop.agreed(here) if row or here.world == 1 else None
+            stopped = stop.agreed(here)
             due = now - saved > here.checkpoint_seconds
             if parallel.saves(due, bool(stopped) or step == total, here, agreed=row):
                 for training in list(alive):
                     attempt(training, training.save)
                 saved = time.monotonic()
-            if stopped and step < total:
+                if here.world == 1:
+                    stopped = stop.signum  # it may have come meanwhile
+            if stopped:
                 here.accelerator.wait_for_everyone()  # launchers end those whose peers have ended
                 raise _stopped(stopped, f"after step {step} of {total}", path)
             if not alive:

@@ -58,6 +58,7 @@ def together(recipe: Recipe, result: Result, here: Machine) -> Result:
         scores = {name: getattr(one, name) for name in evaluate.Scores._fields}
         found.append({"run": str(run), **scores})
     dataset = datasets.load(recipe.data)
-    networks = Together([weights.load(str(run)).to(here.device) for run in runs])
+    own = [recipe.student.model]
+    networks = Together([weights.load(run, vouched=own).to(here.device) for run in runs])
     told = answers(networks, "test", recipe, dataset, here)
     return result._replace(generations=found, ensemble=evaluate.scores(told)._asdict())

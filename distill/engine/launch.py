@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from distill.data.workers import end_with
 from distill.engine import slurm
-from distill.errors import PreflightError
+from distill.errors import STOP_SIGNALS, PreflightError
 
 _SHARD = "DISTILL_SHARD"  # variable that tells a process its part
+_PARENT = "DISTILL_PARENT"  # and one that tells it which process waits for it
 _GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # as torchrun sets them
 # From which a group would be read again: by `adopt`, and by Accelerate.
 _SIZES = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -29,11 +31,13 @@ def adopt() -> None:
     """Take the place in a process group that `srun` gives this process, in torchrun's variables.
 
     What torchrun or `accelerate launch` have set stays, and so does a MASTER_ADDR or MASTER_PORT of
-    the user's own.
+    the user's own. A process that another `distill` started stops when that one is killed.
 
     Raises:
         PreflightError: If SLURM's variables cannot be read.
     """
+    if parent := os.environ.pop(_PARENT, None):
+        end_with(int(parent), signal.SIGTERM)
     if "RANK" not in os.environ and _SHARD not in os.environ:
         place = slurm.place(os.environ) or {}
         os.environ.update({n: v for n, v in place.items() if n in _GROUP or n not in os.environ})
@@ -187,23 +191,30 @@ def spawn(count: int, arguments: Sequence[str]) -> int:
 def _watched(
     arguments: Sequence[str], environments: Sequence[dict[str, str]], *, together: bool
 ) -> int:
-    """Run `distill ARGUMENTS` in each environment; signals are passed on."""
-    workers = [
-        subprocess.Popen([sys.executable, "-m", "distill", *arguments], env=os.environ | own)
-        for own in environments
-    ]
+    """Run `distill ARGUMENTS` in each environment; signals are passed on.
+
+    The processes stop by themselves, as after a SIGTERM, should this one be killed.
+    """
+    workers: list[subprocess.Popen[bytes]] = []
+    got: list[int] = []
 
     def pass_on(signum: int, frame: object) -> None:
+        got.append(signum)
         for worker in workers:
             worker.send_signal(signum)
 
-    before = {
-        # The terminal gives Ctrl-C to the workers itself.
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
-        signal.SIGUSR1: signal.signal(signal.SIGUSR1, pass_on),
-    }
+    heard = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, pass_on) for signum in heard}
     try:
+        for own in environments:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "distill", *arguments],
+                env=os.environ | own | {_PARENT: str(os.getpid())},
+                process_group=0,  # or a terminal would give them Ctrl-C, and this process again
+            )
+            workers.append(worker)
+            for signum in got:  # it came while they were started
+                worker.send_signal(signum)
         return _wait(workers, together=together)
     finally:
         for signum, handler in before.items():

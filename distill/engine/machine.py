@@ -8,8 +8,9 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -21,13 +22,15 @@ from accelerate import Accelerator
 from distill import console
 from distill.data.workers import cores
 from distill.engine import launch, memory
-from distill.errors import IncompatibleError, PreflightError
+from distill.errors import STOP_SIGNALS, IncompatibleError, PreflightError
 
 # Images that a network answers at once. On a CPU larger ones fall out of its caches: 224 px run
 # 1.7 times slower in batches of 128.
 BATCH_SIZE = {"cuda": 512, "mps": 256, "cpu": 32}
 PACKAGES = ("distill-kd", "torch", "torchvision", "timm", "numpy")  # that decide the numbers
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+ASK_SECONDS = 1.0  # between two times that processes ask each other for a signal
+ASK_STEPS = 50  # and never more steps, should they become slower
 
 
 class Machine(NamedTuple):
@@ -53,6 +56,15 @@ class Machine(NamedTuple):
     def shards(self) -> bool:
         """Whether models lie in parts on the processes."""
         return self.shard_weights and self.world > 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the command line that decide last bits."""
+        return {
+            "compile": self.compile,
+            "device_batch_size": self.device_batch_size,
+            "shard_weights": self.shards,
+        }
 
     def micro_batches(self, batch_size: int) -> int:
         """Pieces of this process's share of a global batch, so that none exceeds the device's.
@@ -183,39 +195,110 @@ def has_fast_bf16(capabilities: Mapping[str, Any]) -> bool:
     return any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
+@contextmanager
+def determinism(wanted: bool) -> Generator[None]:
+    """Where it is wanted, have PyTorch give the same bits each time; afterwards it is as it was.
+
+    Raises:
+        IncompatibleError: If an operation has no such form; it is named.
+    """
+    if not wanted:
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    fill: Any = torch.utils.deterministic
+    before = cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory
+    mode, workspace = torch.get_deterministic_debug_mode(), os.environ.get(_WORKSPACE)
+    os.environ[_WORKSPACE] = ":4096:8"  # cuBLAS reads it when it is first asked
+    torch.set_deterministic_debug_mode("error")
+    cudnn.benchmark, cudnn.deterministic = False, True
+    fill.fill_uninitialized_memory = False  # which only finds bugs, and takes time in every step
+    try:
+        yield
+    except RuntimeError as error:
+        if (refused := not_deterministic(error)) is error:
+            raise
+        raise refused from error
+    finally:
+        cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory = before
+        torch.set_deterministic_debug_mode(mode)
+        if workspace is None:
+            del os.environ[_WORKSPACE]
+        else:
+            os.environ[_WORKSPACE] = workspace
+
+
+def not_deterministic(error: Exception) -> Exception:
+    """What a user is told where PyTorch refuses what does not give the same bits; else the error.
+
+    That is an operation without such a form, or cuBLAS where it was used before.
+    """
+    name, refused, _ = str(error).partition(" does not have a deterministic implementation")
+    if refused:
+        return IncompatibleError(
+            f"train.deterministic: {name} has no form that gives the same bits each time here",
+            hint="another model, term or device, or --set train.deterministic=false",
+        )
+    if _WORKSPACE in name:
+        return IncompatibleError(
+            "train.deterministic: cuBLAS has been used in this process already, with kernels that "
+            "do not give the same bits each time",
+            hint=f"set {_WORKSPACE}=:4096:8 before the process starts",
+        )
+    return error
+
+
 class StopRequest:
     """Remembers a signal until the step in work is done."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._steps = self._left = 1  # from the last question to the next, and of them left
+        self._asked: float | None = None
 
     def agreed(self, machine: Machine) -> int | None:
-        """The signal that any process got, the same answer in all of them."""
+        """The signal that any process got, the same answer in all of them; asked in every step.
+
+        Processes ask each other about once a second, since on a GPU the answer has to be waited
+        for. How many steps that is they ask each other too.
+        """
         if machine.world == 1:
             return self.signum
-        flag = torch.tensor(self.signum or 0, device=machine.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag) or None
+        self._left -= 1
+        if self._left > 0:
+            return None
+        now = time.monotonic()
+        seconds = None if self._asked is None else now - self._asked
+        steps = int(self._steps * ASK_SECONDS / seconds) if seconds else 1
+        told = torch.tensor([self.signum or 0, steps], device=machine.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        signum, steps = told.tolist()
+        self._steps = self._left = min(max(1, steps), ASK_STEPS)
+        self._asked = now
+        return signum or None
 
 
 @contextmanager
 def stop_request() -> Generator[StopRequest]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into a request to stop after the step in work.
+    """Turn signals into a request to stop after the step in work.
 
-    A second Ctrl-C interrupts at once; the last checkpoint stays whole.
+    A second Ctrl-C interrupts at once; the last checkpoint stays whole. What is ignored already
+    stays so: SIGHUP under nohup, Ctrl-C in what a script runs beside itself.
     """
     request = StopRequest()
 
     def remember(signum: int, frame: FrameType | None) -> None:
+        request.signum = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            console.say("stopping after this step; Ctrl-C again stops at once")
-        request.signum = signum
+            with suppress(RuntimeError):  # it came in the middle of another line
+                console.say("stopping after this step; Ctrl-C again stops at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {signum: signal.signal(signum, remember) for signum in STOP_SIGNALS}
+    heard = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, remember) for signum in heard}
     try:
         yield request
     finally:

@@ -16,20 +16,28 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from distill import console, storage
-from distill.errors import DivergedError
+from distill.engine.finite import Finding, Watch, first
 from distill.types import Losses
 
 T = TypeVar("T")
 
 WAITED = 0.05  # of the time, from which on a wait for images is shown
 PLAIN_SECONDS = 10.0  # between two lines where the output is no terminal
+RATIO = (0.05, 50.0)  # of teacher's to labels' gradient; outside it one of them decides alone
 
 
 class Monitor:
     """The losses of every step, left on the device until a row of metrics needs them."""
 
-    def __init__(self, path: Path | None, names: list[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        names: list[str],
+        device: torch.device,
+        watch: Watch | None = None,
+    ) -> None:
         self.path = path  # None in all processes but one
+        self._watch = watch  # traces what is not finite
         self.names = ["loss", *names]
         self.device = device
         self.fetched: list[list[float]] = []  # a list of losses for each step since the last row
@@ -52,8 +60,10 @@ class Monitor:
             shared = torch.tensor(means, device=self.device)
             dist.all_reduce(shared)
             means = (shared / dist.get_world_size()).tolist()
-        self.require_finite(step)  # only now: no process may leave the others waiting above
-        return self._finite(means, step)
+        if not all(map(math.isfinite, means)):  # and so they are in all processes
+            found = self._broken(step) or Finding(step, 9, f"a loss is not finite at step {step}")
+            raise first(found).error()
+        return dict(zip(self.names, means, strict=True))
 
     def require_finite(self, step: int) -> None:
         """Check this process's losses, so that a checkpoint is only ever made of a sound run.
@@ -62,8 +72,8 @@ class Monitor:
             DivergedError: If one of them is not a finite number.
         """
         self._fetch()
-        for at, losses in enumerate(self.fetched, start=step - len(self.fetched) + 1):
-            self._finite(losses, at)
+        if found := self._broken(step):
+            raise found.error()
 
     def _fetch(self) -> None:
         if self.waiting:
@@ -71,15 +81,15 @@ class Monitor:
             self.fetched += values.tolist()
             self.waiting.clear()
 
-    def _finite(self, values: list[float], step: int) -> dict[str, float]:
-        found = dict(zip(self.names, values, strict=True))
-        for name in (*self.names[1:], self.names[0]):  # a term says more than their sum
-            if not math.isfinite(found[name]):
-                raise DivergedError(
-                    f"{name} is {found[name]} at step {step}; checkpoints from before it are kept",
-                    hint="a lower optimizer.lr, a longer warmup_epochs, or a clip_norm",
-                )
-        return found
+    def _broken(self, step: int) -> Finding | None:
+        """The first of the losses of the steps up to this one that is not finite."""
+        for at, losses in enumerate(self.fetched, start=step - len(self.fetched) + 1):
+            total, *parts = zip(self.names, losses, strict=True)
+            for name, value in (*parts, total):  # a term says more than their sum
+                if not math.isfinite(value):
+                    found = Finding(at, 9, f"{name} is {value} at step {at}")
+                    return found if self._watch is None else self._watch.past(found)
+        return None
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl and begin new means.
@@ -96,16 +106,43 @@ class Monitor:
             storage.append(self.path, (json.dumps(dict(values)) + "\n").encode())
 
     def state(self) -> dict[str, Any]:
-        """The means in work and the rows so far, for a checkpoint."""
+        """The means in work and the rows so far, for a checkpoint.
+
+        Where means are in work, all processes have to ask.
+        """
         rows = self.path.read_text(encoding="utf-8") if self.path and self.path.exists() else ""
         self._fetch()
-        return {"losses": self.fetched, "rows": rows}
+        state = {"losses": self.fetched, "rows": rows}
+        if dist.is_initialized() and self.fetched:
+            each: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(each, self.fetched)
+            state["processes"] = each
+        return state
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` gave; rows written after it are forgotten."""
-        self.fetched = state["losses"]
+        own = each = state.get("processes", [state["losses"]])
+        if dist.is_initialized() and len(each) == dist.get_world_size():
+            own = [each[dist.get_rank()]]
+        # Of another number of processes all have their mean.
+        self.fetched = [
+            [sum(values) / len(own) for values in zip(*losses, strict=True)]
+            for losses in zip(*own, strict=True)
+        ]
         if self.path is not None:
             storage.write(self.path, state["rows"].encode())
+
+
+def imbalance(row: Mapping[str, float]) -> str | None:
+    """What a user is told of a row in which teacher or labels decide alone."""
+    ratio = max(row.get("gradient_ratio", 1.0), 1e-12)
+    if RATIO[0] <= ratio <= RATIO[1]:
+        return None
+    strong, weak = ("teacher", "labels") if ratio > 1 else ("labels", "teacher")
+    return (
+        f"at step {row['step']} the gradient from the {strong} is {max(ratio, 1 / ratio):.0f} "
+        f"times the one from the {weak}, which hardly counts; mind weights and temperature"
+    )
 
 
 class _Bar:
@@ -113,10 +150,10 @@ class _Bar:
 
     def __init__(self) -> None:
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=console.err,
             disable=not console.err.is_terminal or console.err.quiet,
@@ -158,7 +195,7 @@ class Display(_Bar):
         self.began = self.shown = time.monotonic()
         self.waited = 0.0  # seconds of it without a batch
         self.text = ""
-        self.task = self.bar.add_task(name, total=total, completed=done, text="")
+        self.task = self.bar.add_task(console.visible(name), total=total, completed=done, text="")
 
     def losses(self, means: Sequence[Mapping[str, float]]) -> None:
         """Show these means, one of each student, until the next ones."""
@@ -187,6 +224,7 @@ class Display(_Bar):
         if self.waited > WAITED * seconds:
             text += f", waiting for images {self.waited / seconds:.0%}"
         if terminal:
+            text = console.visible(text)
             self.bar.update(self.task, completed=self.done, total=self.total, text=text)
         else:
             left = (self.total - self.done) * self.batch_size / max(rate, 1e-9)
@@ -206,7 +244,7 @@ class Passage(_Bar):
         self.name, self.total, self.done = name, total, 0
         self.began = self.shown = time.monotonic()
         self.waited = 0.0  # seconds without pixels
-        self.task = self.bar.add_task(name, total=total, text="")
+        self.task = self.bar.add_task(console.visible(name), total=total, text="")
 
     @property
     def data_wait(self) -> float:

@@ -34,7 +34,9 @@ def trained(spec: Teacher, path: Path, position: int) -> Teacher:
     if spec.recipe is None:
         return spec
     run = path.parent / (spec.name or f"{path.name}-teacher-{position}")
-    return spec.model_copy(update={"recipe": None, "weights": str(run)})
+    model = spec.recipe.student.model
+    own = model if ":" in model else None  # else it is code that only the run's files name
+    return spec.model_copy(update={"recipe": None, "model": own, "weights": str(run)})
 
 
 def connect(

@@ -41,7 +41,12 @@ def wrap(distiller: Distiller, here: Machine) -> nn.Module:
     if here.world == 1:
         return distiller
     devices = [here.device] if here.device.type == "cuda" else None
-    return DistributedDataParallel(distiller, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(distiller, device_ids=devices, gradient_as_bucket_view=True)
+    if torch.are_deterministic_algorithms_enabled():
+        # Else it sorts its buckets after the first step, and three processes or more then add up
+        # in another order: the last bits of a run that goes on would be others.
+        wrapped.reducer._push_all_rebuilt_params()
+    return wrapped
 
 
 def shard(module: nn.Module, here: Machine) -> None:
@@ -153,21 +158,26 @@ def _plenty() -> str:
 
 
 def saves(due: bool, must: bool, here: Machine, *, agreed: bool) -> bool:
-    """Whether this process takes part in a checkpoint now: the main one, or all that hold parts.
+    """Whether this process takes part in a checkpoint now.
+
+    Several processes make one with a row of metrics: until then each has losses of its own, which
+    only all of them together can save.
 
     Args:
         due: It is time for one, by this process's clock.
         must: It is to be made now whatever the time; the same in all processes.
         here: Where.
-        agreed: Whether the processes may ask each other in this step.
+        agreed: Whether a row was written in this step, and the processes may ask each other.
     """
+    if must or here.world == 1:
+        return due or must
+    if not agreed:
+        return False
     if not here.shards:
-        return here.main and (due or must)
-    if agreed and not must:
-        flag = torch.tensor(int(due), device=here.device)
-        dist.broadcast(flag, src=0)  # the main one's clock counts
-        return bool(flag)
-    return must
+        return here.main and due  # it holds all that is saved
+    flag = torch.tensor(int(due), device=here.device)
+    dist.broadcast(flag, src=0)  # the main one's clock counts
+    return bool(flag)
 
 
 def share_buffers(network: nn.Module, here: Machine) -> None:

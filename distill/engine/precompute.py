@@ -29,6 +29,8 @@ from distill.models.quick import compile_network
 from distill.recipe import Recipe
 from distill.teacher import pack
 
+_OTHER_FILES = 16  # than units and their folders: those that a cache begins and ends with
+
 
 class Built(NamedTuple):
     """What a pass has done."""
@@ -66,9 +68,7 @@ def precompute(
     for warning in warnings:
         console.warn(warning)
     num_views = recipe.num_views
-    left = {job.name: write.missing(job.store, job.manifest, num_views) for job in jobs}
-    for job in jobs:
-        _require_room(job, left[job.name])
+    left = require_room(jobs, num_views)
     wanted = {name: {unit.name for unit in units} for name, units in left.items()}
     if settings.compile:
         for job in jobs:
@@ -251,9 +251,20 @@ def _begin(
     return begun, warnings
 
 
-def _require_room(job: Job, left: list[Unit]) -> None:
-    if isinstance(job.store, Folder):
-        storage.require_room(job.store.path, sum(job.manifest.size_of(unit) for unit in left))
+def require_room(jobs: Sequence[Job], num_views: int | None) -> dict[str, list[Unit]]:
+    """The units that are still missing of these views, by the name of the teacher.
+
+    Raises:
+        PreflightError: If they would fill the disk, all together.
+    """
+    left = {job.name: write.missing(job.store, job.manifest, num_views) for job in jobs}
+    folders = {job.store.path: job for job in jobs if isinstance(job.store, Folder)}
+    needed = [job.manifest.size_of(unit) for job in folders.values() for unit in left[job.name]]
+    parts = {(job.name, unit.part) for job in folders.values() for unit in left[job.name]}
+    if needed:
+        files = len(needed) + len(parts) + _OTHER_FILES
+        storage.require_room(next(iter(folders)), sum(needed), files=files)
+    return left
 
 
 def _answers_of(

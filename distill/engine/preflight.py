@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from distill import models, objectives
+from distill import models, objectives, storage
 from distill.cache import write
 from distill.cache.store import open_store, places
 from distill.data import datasets, on_device
@@ -93,7 +92,8 @@ def rehearse(recipe: Recipe, path: Path, *, devices: int = 1) -> Rehearsal:
         DamagedError: If a file of data or weights is damaged.
     """
     recipe = generations.last(recipe, path)
-    return _rehearse(recipe, path, devices, datasets.load(recipe.data))[0]
+    with machine.determinism(recipe.train.deterministic):
+        return _rehearse(recipe, path, devices, datasets.load(recipe.data))[0]
 
 
 def _rehearse(
@@ -192,14 +192,13 @@ def _teacher(
         return _Taught(models.build_teacher(ready, **facts(dataset)), None)
     own = dataset if spec.recipe.data == data else datasets.load(spec.recipe.data)
     first, network = _rehearse(spec.recipe, run.path, devices, own)
-    with tempfile.TemporaryDirectory() as scratch:  # so that it is read as the real one will be
-        stand_in = Run(Path(scratch))
-        stand_in.student.write_bytes(weights.to_bytes(network))
-        spec = ready.model_copy(update={"weights": scratch})
+    with storage.passing() as scratch:  # so that it is read as the real one will be
+        storage.write(Run(scratch).student, weights.to_bytes(network))
+        spec = ready.model_copy(update={"weights": str(scratch)})
         try:
             return _Taught(models.build_teacher(spec, **facts(dataset)), first)
         except DistillError as error:
-            message = str(error).replace(scratch, str(run.path))
+            message = str(error).replace(str(scratch), str(run.path))
             raise type(error)(message, hint=error.hint) from None
 
 

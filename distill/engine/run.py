@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill import storage
-from distill.errors import DamagedError
+from distill import jsonio, storage
+from distill.errors import DamagedError, IdentityError, PreflightError
+from distill.identity import require_known
+
+FORMAT = 1  # of result.json
 
 
 class Result(NamedTuple):
@@ -71,12 +73,17 @@ class Run:
 
         Raises:
             DamagedError: If there is one and it cannot be read.
+            IdentityError: If a newer version wrote it.
         """
         try:
-            return Result(**json.loads(self.result.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+            found = jsonio.mapping(self.result.read_text(encoding="utf-8"))
+            require_known(found.pop("format", 1), FORMAT, str(self.result))
+            return jsonio.checked(Result, found)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except IdentityError:
+            raise
+        except (OSError, ValueError) as error:
             raise DamagedError(
                 f"{self.result}: cannot be read: {error}",
                 hint="delete it and run the same command again: the result is computed anew",
@@ -84,10 +91,31 @@ class Run:
 
     def finish(self, result: Result) -> None:
         """Write the result, the mark of a complete run."""
-        storage.write(self.result, (json.dumps(result.to_json(), indent=1) + "\n").encode())
+        storage.sync(self.metrics)  # whose rows were appended
+        found = {"format": FORMAT, **result.to_json()}
+        storage.write(self.result, (json.dumps(found, indent=1) + "\n").encode())
+
+    def place(self) -> tuple[int, int] | None:
+        """What the directory is to its disk, whatever its name; None where it is not there."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def require_place(self, before: tuple[int, int] | None) -> None:
+        """Refuse to write where another directory is by now: it would be half a run.
+
+        Raises:
+            PreflightError: If `place` says something else.
+        """
+        if self.place() != before:
+            raise PreflightError(
+                f"{self.path}: was moved or removed while the run went on; nothing more is saved",
+                hint="put it back, and the same command goes on from its last checkpoint",
+            )
 
     def clear(self) -> None:
         """Remove what a run wrote, and nothing else."""
-        for file in (self.result, self.student, self.metrics, self.recipe):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        storage.remove(self.result, self.student, self.metrics, self.recipe)
+        storage.remove_folder(self.checkpoints)

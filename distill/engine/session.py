@@ -21,10 +21,12 @@ from distill.engine import machine, optim, parallel
 from distill.engine.average import Average
 from distill.engine.cached import Caches, Opened, Tutor
 from distill.engine.fill import Filler
+from distill.engine.finite import of_network
 from distill.engine.machine import Machine
 from distill.engine.networks import connect, facts, placed
 from distill.engine.staff import Staff
 from distill.engine.step import Distiller
+from distill.errors import DivergedError
 from distill.models import cost
 from distill.models.network import Network
 from distill.models.quick import compile_network
@@ -207,6 +209,7 @@ def _session(
         and recipe.optimizer.name in optim.RECORDABLE
         and staff.filler is None  # it hands what it hears to the host
         and not half  # whether a step counts is asked of the device
+        and not recipe.train.deterministic  # whether it pays is a matter of time
     )
     return shared(
         distiller=distiller,
@@ -240,7 +243,7 @@ def announce(recipe: Recipe, session: Session, here: Machine) -> list[str]:
     for tutor in session.tutors:
         if tutor.network is not None and dataset.labelled:
             told = answers(tutor.network, "some", recipe, dataset, here)
-            top1, images = evaluate.scores(told).top1, f"{len(told.ids)} training images"
+            top1, images = taught(tutor, told).top1, f"{len(told.ids)} training images"
         elif "test" in tutor.scores:
             top1, images = tutor.scores["test"]["top1"], f"{len(dataset.test):,} test images"
         else:
@@ -284,6 +287,21 @@ def describe(recipe: Recipe, session: Session, here: Machine) -> list[str]:
     for warning in warnings:
         console.warn(warning)
     return warnings
+
+
+def taught(tutor: Tutor, told: evaluate.Predictions) -> evaluate.Scores:
+    """The scores of what a teacher said.
+
+    Raises:
+        DivergedError: If it is not finite; the teacher is named.
+    """
+    try:
+        return evaluate.scores(told)
+    except DivergedError as error:
+        raise DivergedError(
+            f"teacher {tutor.model}: {error}{of_network(tutor.network)}",
+            hint="other weights for that teacher",
+        ) from None
 
 
 def answers(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
@@ -54,6 +56,7 @@ class Step(NamedTuple):
     losses: Losses
     told: Outputs | None  # by the teacher
     batch: Batch
+    made: bool = True  # False: gradients are not finite, and no weight was moved; on a CPU alone
 
 
 def train_step(
@@ -70,6 +73,8 @@ def train_step(
     told: Outputs | None = None,
 ) -> Step:
     """Forward, backward and update on one batch. Never waits for the device.
+
+    On a CPU, where nothing has to be waited for, gradients that are not finite move no weight.
 
     Args:
         model: A `Distiller`, or one wrapped by DDP or `torch.compile`.
@@ -93,19 +98,29 @@ def train_step(
         scaler=scaler,
         told=told,
     )
-    if clip_norm is not None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    looks = scaler is None and batch.images.device.type == "cpu"
+    if clip_norm is not None or looks:
         if scaler is not None:
             scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if looks and not math.isfinite(_whole(norm)):
+            return done._replace(made=False)
+        if clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     if scaler is None:
         optimizer.step()
     else:
         scaler.step(optimizer)
         scaler.update()
-    for group in optimizer.param_groups:  # as zero_grad does, less its profiler range of 15 us
-        for parameter in group["params"]:
-            parameter.grad = None
+    for parameter in parameters:  # as zero_grad does, less its profiler range of 15 us
+        parameter.grad = None
     return done
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """The norm of all gradients where each process has a part of them."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def add_gradients(

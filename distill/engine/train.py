@@ -10,7 +10,7 @@ from distill.data import datasets
 from distill.engine import generations, machine
 from distill.engine.finish import finish
 from distill.engine.fit import Training, fit
-from distill.engine.machine import Machine, StopRequest
+from distill.engine.machine import Machine
 from distill.engine.monitor import Display
 from distill.engine.networks import trained
 from distill.engine.run import Result, Run
@@ -64,7 +64,7 @@ def train(
         DamagedError: If there are checkpoints and none is whole.
         PreflightError: If data are missing or `out` cannot be written.
         DivergedError: If the loss stops being finite.
-        Stopped: If a signal asked the run to stop; the same call goes on.
+        Stopped: If a signal asked the run to stop between two steps; the same call goes on.
     """
     here = machine.setup(
         workers=workers,
@@ -76,24 +76,21 @@ def train(
     )
     out = Path(out)
     asked, recipe = recipe, generations.last(recipe, out)
-    with machine.stop_request() as stop:
-        alone = recipe.without_teacher() if baseline else None
-        train_teachers(recipe, out, here, stop)
-        result, told = _run(recipe, out, here, stop, restart=restart)
-        if alone is not None:
-            plain, said = _run(alone, out / "baseline", here, stop, restart=restart)
-            if result.baseline != plain.to_json():
-                result = _with_baseline(recipe, result, plain, here, told, said)
-        if asked.generations > 1 and result.generations is None:
-            result = generations.together(asked, result, here)
-            if here.main:
-                Run(out).finish(result)
+    alone = recipe.without_teacher() if baseline else None
+    train_teachers(recipe, out, here)
+    result, told = _run(recipe, out, here, restart=restart)
+    if alone is not None:
+        plain, said = _run(alone, out / "baseline", here, restart=restart)
+        if result.baseline != plain.to_json():
+            result = _with_baseline(recipe, result, plain, here, told, said)
+    if asked.generations > 1 and result.generations is None:
+        result = generations.together(asked, result, here)
+        if here.main:
+            Run(out).finish(result)
     return result
 
 
-def train_teachers(
-    recipe: Recipe, path: Path, here: Machine, stop: StopRequest, *, parts: int | None = None
-) -> None:
+def train_teachers(recipe: Recipe, path: Path, here: Machine, *, parts: int | None = None) -> None:
     """Train those of the recipe's teachers that are recipes and have no run beside `path` yet.
 
     Their own teachers come first.
@@ -102,7 +99,6 @@ def train_teachers(
         recipe: Whose teachers.
         path: The recipe's own run directory.
         here: Where.
-        stop: Asked between steps.
         parts: Into how many a job is cut that may meet others like it at these runs; None: this
             is no part of a job.
 
@@ -123,8 +119,8 @@ def train_teachers(
                 "train it",
                 hint=f"distill train its recipe with --out {run.path} first",
             )
-        train_teachers(spec.recipe, run.path, here, stop)
-        _run(spec.recipe, run.path, here, stop, restart=False)
+        train_teachers(spec.recipe, run.path, here)
+        _run(spec.recipe, run.path, here, restart=False)
 
 
 def _with_baseline(
@@ -137,8 +133,10 @@ def _with_baseline(
 ) -> Result:
     """The result with the same student from labels alone beside it, paired image by image."""
     dataset = datasets.load(recipe.data)
+    own = [recipe.student.model]
     told, said = (
-        known or answers(weights.load(run).to(here.device), "test", recipe, dataset, here)
+        known
+        or answers(weights.load(run, vouched=own).to(here.device), "test", recipe, dataset, here)
         for known, run in ((told, result.run), (said, plain.run))
     )
     gain, interval = evaluate.paired_gain(told, said)
@@ -159,11 +157,12 @@ def _with_baseline(
 
 
 def _run(
-    recipe: Recipe, path: Path, here: Machine, stop: StopRequest, *, restart: bool
+    recipe: Recipe, path: Path, here: Machine, *, restart: bool
 ) -> tuple[Result, Predictions | None]:
     """One run in one directory: done already, gone on with, or begun."""
     run = Run(path)
-    with storage.lock(path) if here.main else nullcontext():
+    lock = storage.lock(path) if here.main else nullcontext()
+    with lock, machine.determinism(recipe.train.deterministic):
         if not restart:
             _require_same_recipe(run, recipe)
         session = prepare(recipe, path, here)
@@ -183,8 +182,9 @@ def _run(
             training = Training(recipe, run, session, here)
             if training.step == 0:
                 training.warnings += announce(recipe, session, here)
-            with Display(path.name, training.step, training.total, recipe.train.batch_size) as bar:
-                fit([training], here, stop, bar, path=path)
+            display = Display(path.name, training.step, training.total, recipe.train.batch_size)
+            with display, machine.stop_request() as stop:
+                fit([training], here, stop, display, path=path)
             return finish(recipe, run, session, here, training.counter)
         finally:
             session.close()

@@ -17,20 +17,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
+from pydantic import BaseModel, ConfigDict
 
-from distill import console, evaluate, storage
+from distill import console, evaluate, jsonio, storage
+from distill.engine import checkpoint, machine
 from distill.engine.fit import Training, fit
-from distill.engine.machine import Machine, StopRequest
+from distill.engine.machine import Machine
 from distill.engine.memory import free_bytes
 from distill.engine.monitor import Display
 from distill.engine.run import Run
 from distill.engine.session import Session, announce, answers, prepare_together
-from distill.errors import DamagedError, DistillError, PreflightError
+from distill.errors import DamagedError, DistillError, IdentityError, PreflightError
 from distill.grid import Trial
-from distill.identity import require_same
+from distill.identity import require_known, require_same
 from distill.models import cost, weights
 from distill.recipe import Recipe
 
+FORMAT = 1  # of trial.json
 MEMORY_PART = 0.5  # of what is free, for the students that are trained side by side
 
 
@@ -45,23 +48,44 @@ class Outcome(NamedTuple):
     failed: str | None = None  # the reason
 
 
+class _Kept(BaseModel):
+    """What `trial.json` holds of one that did not fail."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scores: dict[str, float]
+    correct: str  # a bit an image, in base64
+    images: int
+    parameters: int
+    flops: int
+    warnings: list[str]
+    failed: None = None
+
+
 def outcome(path: Path) -> Outcome | None:
     """What a trial's directory says; None where it is not done.
 
     Raises:
         DamagedError: If it cannot be read.
+        IdentityError: If a newer version wrote it.
     """
     file = path / "trial.json"
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept.get("failed"):
-            return Outcome({}, np.zeros(0, bool), 0, 0, [], kept["failed"])
-        bits = np.frombuffer(base64.b64decode(kept.pop("correct")), np.uint8)
-        correct = np.unpackbits(bits, count=kept.pop("images")).astype(bool)
-        return Outcome(correct=correct, **kept)
-    except FileNotFoundError:
+        found = jsonio.mapping(file.read_text(encoding="utf-8"))
+        require_known(found.pop("format", 1), FORMAT, str(file))
+        if found.get("failed"):
+            return Outcome({}, np.zeros(0, bool), 0, 0, [], str(found["failed"]))
+        kept = jsonio.checked(_Kept, found)
+        bits = np.frombuffer(base64.b64decode(kept.correct, validate=True), np.uint8)
+        if not 0 <= kept.images <= 8 * len(bits):
+            raise ValueError(f"images: {kept.images:,}, and it tells of {8 * len(bits):,}")
+        correct = np.unpackbits(bits, count=kept.images).astype(bool)
+        return Outcome(kept.scores, correct, kept.parameters, kept.flops, kept.warnings)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except IdentityError:
+        raise
+    except (OSError, ValueError) as error:
         raise DamagedError(
             f"{file}: cannot be read: {error}",
             hint="delete it and run the same command again: it is made anew from the checkpoint",
@@ -72,7 +96,6 @@ def run_trials(
     trials: Sequence[Trial],
     out: Path,
     here: Machine,
-    stop: StopRequest,
     *,
     split: str = "val",
     memory: float | None = None,
@@ -85,7 +108,6 @@ def run_trials(
         trials: Each has its run in `out/NAME`.
         out: Of all of them.
         here: Where.
-        stop: Asked between steps.
         split: That they are judged by: `val` or `test`.
         memory: Bytes for the students of a round and their optimizers; None is half of what is
             free. The others wait for the next round.
@@ -95,12 +117,13 @@ def run_trials(
         PreflightError: If another process works on one of them, or a disk is full.
         Stopped: If a signal asked for it; all is saved.
     """
+    storage.make_folder(out)  # or say why it cannot be, before anything is looked for in it
     for trial in trials:
         _require_same_recipe(out / trial.name, trial)
     left = [trial for trial in trials if not _done(out / trial.name)]
     if not left:
         return
-    rounds = _Rounds(out, here, stop, split, memory, left=len(left))
+    rounds = _Rounds(out, here, split, memory, left=len(left))
     with Display(out.parent.name, 0, 1, left[0].recipe.train.batch_size) as display:
         for alike in _streams(left):
             while alike:
@@ -125,14 +148,12 @@ class _Rounds:
         self,
         out: Path,
         here: Machine,
-        stop: StopRequest,
         split: str,
         memory: float | None,
         *,
         left: int,
     ) -> None:
-        self.out, self.here, self.stop, self.split = out, here, stop, split
-        self.memory = memory
+        self.out, self.here, self.split, self.memory = out, here, split, memory
         self.left = left  # trials that no round has tried yet
 
     def train(self, trials: list[Trial], display: Display) -> list[Trial]:
@@ -143,7 +164,7 @@ class _Rounds:
             _fail(self.out / trials[i].name, error)
             lost.add(i)
 
-        with ExitStack() as held:
+        with machine.determinism(trials[0].recipe.train.deterministic), ExitStack() as held:
             for trial in trials:
                 held.enter_context(storage.lock(self.out / trial.name))
             sessions = prepare_together(
@@ -160,6 +181,7 @@ class _Rounds:
             numbers = {self._begun(trials[i], session): i for i, session in sessions.items()}
             self.left -= len(lost) + len(numbers)
             if numbers:
+                self._require_room(list(numbers))
                 self._fit(list(numbers), display, lambda one, error: lose(numbers[one], error))
             for training, i in numbers.items():
                 if i not in lost:
@@ -176,6 +198,13 @@ class _Rounds:
             run.clear()
             return Training(trial.recipe, run, session, self.here, quiet=True)
 
+    def _require_room(self, trainings: list[Training]) -> None:
+        """Refuse a disk that these and the later rounds, about as large each, would fill."""
+        if self.here.main:
+            needs = [training.room for training in trainings]
+            files = checkpoint.FILES * (len(needs) + self.left)
+            storage.require_room(self.out, sum(needs) + self.left * max(needs), files=files)
+
     def _fit(
         self,
         trainings: list[Training],
@@ -191,7 +220,8 @@ class _Rounds:
         steps = sum(training.total for training in trainings)
         display.total = display.done + steps + self.left * first.total
         display.skip(sum(training.step for training in trainings))
-        fit(trainings, self.here, self.stop, display, path=self.out.parent, lost=lost)
+        with machine.stop_request() as stop:
+            fit(trainings, self.here, stop, display, path=self.out.parent, lost=lost)
 
 
 def _settle(training: Training, split: str) -> None:
@@ -199,6 +229,7 @@ def _settle(training: Training, split: str) -> None:
     session, run = training.session, training.run
     student, dataset = session.student, session.dataset
     told = answers(student, split, training.recipe, dataset, training.here)
+    storage.sync(run.metrics)
     storage.write(run.student, weights.to_bytes(student))
     _keep(
         run.path,
@@ -217,6 +248,7 @@ def _fail(path: Path, error: Exception) -> None:
     """Keep the reason; what stands in the way of every trial ends them all."""
     if isinstance(error, PreflightError):
         raise error
+    error = machine.not_deterministic(error)
     reason = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
     console.warn(f"{path.name} failed, and the others go on: {reason}")
     if not isinstance(error, DistillError):
@@ -225,7 +257,8 @@ def _fail(path: Path, error: Exception) -> None:
 
 
 def _keep(path: Path, values: dict[str, Any]) -> None:
-    storage.write(path / "trial.json", (json.dumps(values, indent=1) + "\n").encode())
+    kept = {"format": FORMAT, **values}
+    storage.write(path / "trial.json", (json.dumps(kept, indent=1) + "\n").encode())
 
 
 def _done(path: Path) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,17 +15,25 @@ import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 
-from distill import console, storage
+from distill import console, jsonio, storage
 from distill.data import encoded
 from distill.data.datasets import Source
 from distill.engine import machine
 from distill.engine.finished import Finished, Loader, require_finished
 from distill.engine.machine import Machine
 from distill.engine.session import batches_of
-from distill.errors import DistillError, IncompatibleError, PreflightError, VerificationError
+from distill.errors import (
+    DistillError,
+    IdentityError,
+    IncompatibleError,
+    PreflightError,
+    VerificationError,
+)
 from distill.export import companions, latency, parity
 from distill.export.formats import DEFAULT, FORMATS, lacking, onnx, torch_export
 from distill.export.program import Pixels, Precision, Preprocessing, Student
+from distill.identity import require_known
+from distill.models import cost
 from distill.suites.subjects import evenly
 
 FORMAT = 1  # of export.json
@@ -33,6 +43,8 @@ _HINTS = {
     "int8": "more --calibration images, or a larger --max-drop, lets it pass",
 }
 _BATCH = 32  # training images that int8 sees at once
+_SIZE = {"fp32": 4, "fp16": 2, "int8": 1}  # bytes of a parameter
+_FULL = 65_536  # bytes free, below which a disk is what makes writers fail
 
 
 class Options(NamedTuple):
@@ -84,6 +96,7 @@ def export(run: Path, out: Path, options: Options, here: Machine) -> dict[str, A
         "classes": list(student.classes),
     }
     with storage.lock(out), storage.staged(out) as aside:
+        storage.require_room(out, _bytes(student, options))
         about["files"], about["left_out"] = _written(student, known, whole, aside, options)
         about["latency"] = []
         if options.latency:
@@ -93,6 +106,18 @@ def export(run: Path, out: Path, options: Options, here: Machine) -> dict[str, A
         (aside / MARK).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         storage.publish(aside, out, first=MARK, stale=earlier)
     return about | {"run": str(run), "out": str(out)}
+
+
+def _bytes(student: Student, options: Options) -> int:
+    """Of all files together, about."""
+    kinds = [
+        precision
+        for name in options.formats or DEFAULT
+        if _obstacle(name, student) is None
+        for precision in FORMATS[name].PRECISIONS
+        if precision == "fp32" or precision in options.quantize
+    ]
+    return cost.parameters(student.network) * sum(_SIZE[kind] for kind in kinds)
 
 
 def _obstacle(name: str, student: Student) -> DistillError | None:
@@ -111,9 +136,11 @@ def _listed(out: Path) -> list[str]:
 
     Raises:
         PreflightError: If files lie there that no export put there.
+        IdentityError: If a newer version put them there.
     """
     try:
-        earlier = json.loads((out / MARK).read_text(encoding="utf-8"))
+        earlier = jsonio.mapping((out / MARK).read_text(encoding="utf-8"))
+        require_known(earlier["format"], FORMAT, str(out / MARK))
         return [Path(entry["file"]).name for entry in (*earlier["files"], *earlier["companions"])]
     except FileNotFoundError:
         if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
@@ -122,6 +149,8 @@ def _listed(out: Path) -> list[str]:
                 hint="give an --out that is empty or not there yet",
             ) from None
         return []
+    except IdentityError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PreflightError(
             f"{out / MARK}: cannot be read: {error}",
@@ -198,8 +227,9 @@ def _written(
                     path = aside / form.file(precision)
                     console.say(f"{path.name}: {name}, {precision}")
                     before = set(aside.iterdir())
-                    form.write(student, path, precision)
-                    found = _checked(student, name, precision, path, known, whole, options)
+                    with _room_blamed(aside):
+                        form.write(student, path, precision)
+                        found = _checked(student, name, precision, path, known, whole, options)
                     about = companions.entry(path) | found
                     weights = set(aside.iterdir()) - before - {path}  # where they lie beside it
                     about["bytes"] += sum(file.stat().st_size for file in weights)
@@ -213,6 +243,22 @@ def _written(
             left_out.append({"format": name, "reason": why.removeprefix(f"--format {name}: ")})
             console.warn(f"left out: {name}: {left_out[-1]['reason']}")
     return files, left_out
+
+
+@contextmanager
+def _room_blamed(aside: Path) -> Generator[None]:
+    """Say that a disk is full where that is why something failed, whatever a library calls it."""
+    try:
+        yield
+    except Exception as error:
+        for folder in (aside.parent, Path(tempfile.gettempdir())):
+            if storage.free_bytes(folder) < _FULL:
+                raise PreflightError(
+                    f"{folder}: no room, {storage.size(storage.free_bytes(folder))} are free; "
+                    "nothing was replaced",
+                    hint="make room and run the same command again",
+                ) from error
+        raise
 
 
 def _checked(

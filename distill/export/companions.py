@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from distill import jsonio
 from distill.engine.finished import Finished
 from distill.engine.run import Run
 from distill.export.card import About, Data, card
@@ -54,7 +55,7 @@ def _about(one: Finished, exported: dict[str, Any]) -> About:
     found = None
     with suppress(OSError, ValueError):
         if evaluation.stat().st_mtime_ns >= Run(one.path).result.stat().st_mtime_ns:
-            found = json.loads(evaluation.read_text(encoding="utf-8"))
+            found = jsonio.mapping(evaluation.read_text(encoding="utf-8"))
     return About(one.recipe, one.result, data, one.network.description, found, exported)
 
 

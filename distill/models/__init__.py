@@ -170,6 +170,11 @@ def _selection(
     if own == classes or (own is None and count == len(classes)):
         return None
     place = {name: i for i, name in enumerate(own or ())}
+    if own and len(place) < len(own) and (twice := [n for n in classes if own.count(n) > 1]):
+        raise IncompatibleError(
+            f"{origin}: has {weights.listed(twice)} more than once: which is the data's?",
+            hint="use weights whose classes have names of their own",
+        )
     unknown = [name for name in classes if name not in place]
     if not unknown:
         return tuple(place[name] for name in classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from distill import component
 from distill.errors import RecipeError
 from distill.models import timm_models, torchvision_models
+from distill.models.outside import building
 
 _ZOO = "models.zoo"
 
@@ -43,7 +45,9 @@ def build(
             f"unknown model {model!r}" + component.suggestion(model, known),
             hint="`distill list models` shows them; others are timm/NAME and torchvision/NAME",
         )
-    backbone = component.build(_ZOO, model, arguments, num_classes, image_size)
+    # An error of a user's own code is shown whole.
+    with building(model, image_size) if model in known else nullcontext():
+        backbone = component.build(_ZOO, model, arguments, num_classes, image_size)
     if not isinstance(backbone, nn.Module):
         raise RecipeError(
             f"{model}: returns {type(backbone).__name__}, not a torch.nn.Module",

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from distill.errors import IncompatibleError, RecipeError
+from distill.errors import DistillError, IncompatibleError, RecipeError
 
 
 def check_name(library: str, name: str, known: Sequence[str]) -> None:
@@ -49,7 +49,12 @@ def building(model: str, image_size: int) -> Iterator[None]:
         yield
     except TypeError as error:
         raise RecipeError(f"{model}: {error}") from error
-    except (RuntimeError, ValueError, AssertionError, LookupError, AttributeError) as error:
+    except DistillError:
+        raise
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError,
+        ValueError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split()) or type(error).__name__
         raise IncompatibleError(
             f"{model}: cannot be built for images of {image_size} px: {reason:.300}",

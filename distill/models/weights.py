@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from distill.errors import DamagedError, IncompatibleError, PreflightError, RecipeError
+from distill import component, console, jsonio
+from distill.errors import (
+    DamagedError,
+    IdentityError,
+    IncompatibleError,
+    PreflightError,
+    RecipeError,
+)
+from distill.identity import require_known
 from distill.models import backbones, timm_models
+from distill.models.bounds import Bounded
 from distill.models.network import Description, Network
 
-_KEY = "distill"  # of the file's metadata
+FORMAT = 1  # of the description in the file's metadata
+_KEY = "distill"  # under which it stands there
 _FILE = "student.safetensors"  # in a run directory
+# A checksum of the file in which it counts as so many zeros: first in what the description says.
+_UNSEALED = "0" * 64
+_SEAL = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\",\\"format\\":')
+_AGAIN = "copy it again from where it came, or train again"
+_CHUNK = 2**20  # bytes read at once
+_MOST_HEADER = 10**8  # bytes; the format allows no more
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
 
 
@@ -27,31 +43,39 @@ def to_bytes(network: Network) -> bytes:
     """A safetensors file of the backbone's weights, complete with what rebuilds the network.
 
     The names are the backbone's own, without a prefix; projectors and the order in which a teacher
-    gives its logits are no part of it.
+    gives its logits are no part of it. A checksum covers every byte of it, beginning and metadata
+    too, for the format has none.
     """
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in network.backbone.state_dict().items()
     }
-    return safetensors.torch.save(tensors, {_KEY: network.description.model_dump_json()})
+    # All under one key: several would come in any order.
+    words = f'{{"sha256":"{_UNSEALED}",' + network.description.model_dump_json()[1:]
+    data = safetensors.torch.save(tensors, {_KEY: words})
+    return data.replace(_UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def load(path: str | Path, *, expected: Description | None = None) -> Network:
+def load(
+    path: str | Path, *, expected: Description | None = None, vouched: Collection[str] = ()
+) -> Network:
     """The network that a file or a run directory holds, as it was saved.
 
-    A `module:function` model is imported if `expected` names it or `path` is a run directory, which
-    is the user's own. A lone file may come from anywhere: its word is not enough to run code.
+    A `module:function` model is imported if `expected` or `vouched` names it: a file or a folder
+    may come from anywhere, and its own word is not enough to run code.
 
     Args:
         path: A `.safetensors` file or a run directory.
         expected: What the caller knows of it. The model must be the file's; a file of bare tensors
             takes it whole, except that it has as many classes as the tensors say, without names.
+        vouched: Code outside of distill that the user named as a model.
 
     Raises:
         PreflightError: If there is no such file.
         RecipeError: If it is a pickle, or does not say which network it holds.
         DamagedError: If it is not safetensors, or not whole.
-        IncompatibleError: If the weights belong to another network, or a newer version wrote them.
+        IncompatibleError: If the weights belong to another network.
+        IdentityError: If a newer version wrote them.
     """
     path = Path(path).expanduser()
     state, description = _read(path)
@@ -68,17 +92,15 @@ def load(path: str | Path, *, expected: Description | None = None) -> Network:
             f"{path}: holds {description.model}, the recipe says {expected.model}",
             hint=f"set model: {description.model}",
         )
-    elif expected is None and ":" in description.model and not path.is_dir():
-        raise RecipeError(
-            f"{path}: belongs to {description.model}, which is code outside distill",
-            hint=f"name it in a recipe: model: {description.model} beside weights: FILE",
+    elif expected is None:
+        component.require_vouched(description.model, path, vouched)
+    with Bounded(str(path), list(state.values())):
+        backbone = backbones.build(
+            description.model,
+            description.arguments,
+            num_classes=description.num_classes,
+            image_size=description.image_size,
         )
-    backbone = backbones.build(
-        description.model,
-        description.arguments,
-        num_classes=description.num_classes,
-        image_size=description.image_size,
-    )
     fill(backbone, state, origin=str(path))
     return Network(backbone, description)
 
@@ -167,15 +189,34 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Description | None]:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+        sealed = _is_sealed(file)
     except SafetensorError as error:
-        raise DamagedError(
-            f"{file}: not a whole safetensors file: {error}",
-            hint="copy it again from where it came, or train again",
-        ) from error
+        raise DamagedError(f"{file}: not a whole safetensors file: {error}", hint=_AGAIN) from error
     except OSError as error:
         raise PreflightError(f"{file}: {error.strerror or error}") from error
     recorded = metadata.get(_KEY)
-    return state, None if recorded is None else _describe(recorded, file)
+    return state, None if recorded is None else _describe(recorded, file, sealed=sealed)
+
+
+def _is_sealed(file: Path) -> bool:
+    """Whether a file has a checksum: those of others and of earlier versions have none.
+
+    Raises:
+        DamagedError: If a byte changed since it was made.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        start += opened.read(min(int.from_bytes(start, "little"), _MOST_HEADER))
+        found = _SEAL.search(start)
+        if found is None:
+            return False
+        digest = hashlib.sha256(start[: found.start(1)] + _UNSEALED.encode())
+        digest.update(start[found.end(1) :])
+        while chunk := opened.read(_CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest().encode() != found[1]:
+        raise DamagedError(f"{file}: its content changed after it was written", hint=_AGAIN)
+    return True
 
 
 def _same_model(one: str, other: str) -> bool:
@@ -201,9 +242,9 @@ def _resolve(path: Path) -> Path:
     if path.suffix in _PICKLES:
         raise RecipeError(
             f"{path}: a pickle can run code when it is read, so only .safetensors files are",
-            hint='convert it once: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('')}"
-            ".safetensors')\"",
+            hint='convert it once: python -c "import sys, torch, safetensors.torch as s; '
+            's.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" '
+            f"{console.typed(path)} {console.typed(path.with_suffix('.safetensors'))}",
         )
     if path.is_dir():
         path = path / _FILE
@@ -220,17 +261,16 @@ def _resolve(path: Path) -> Path:
     return path
 
 
-def _describe(recorded: str, file: Path) -> Description:
+def _describe(recorded: str, file: Path, *, sealed: bool) -> Description:
     try:
-        data = json.loads(recorded)
-        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > 1:
-            raise IncompatibleError(
-                f"{file}: written in format {data['format']}, this version knows format 1",
-                hint="upgrade distill: pip install --upgrade distill-kd",
-            )
-        return Description.model_validate_json(recorded)
-    except (json.JSONDecodeError, ValidationError) as error:
+        words = jsonio.mapping(recorded)
+        require_known(words.get("format"), FORMAT, str(file))
+        if sealed:
+            words.pop("sha256", None)
+        return Description.model_validate_json(json.dumps(words))
+    except IdentityError:
+        raise
+    except ValueError as error:  # pydantic's errors are too
         raise DamagedError(
-            f"{file}: its description of the network is damaged: {error}",
-            hint="copy it again from where it came, or train again",
+            f"{file}: its description of the network is damaged: {error}", hint=_AGAIN
         ) from error

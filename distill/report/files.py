@@ -41,15 +41,18 @@ def to_csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table as CSV; fractions with six digits, None as nothing."""
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(heads)
+    table.writerow([cell(head) for head in heads])
     for row in rows:
-        table.writerow([_cell(value) for value in row])
+        table.writerow([cell(value) for value in row])
     return text.getvalue()
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value in a CSV: a text that a spreadsheet would take for a formula begins with a '."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return str(int(value))
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill import console
 from distill.report import files
 from distill.report.page import Code, Picture, Table, Text, page
 from distill.report.plot import Figure, Series
@@ -171,7 +172,10 @@ def to_html(found: Mapping[str, Any], picture: Figure, table: str) -> str:
                 f"that no other beats in both the student's accuracy and {price}. The test split "
                 "was not read."
             ),
-            Code(f"distill train {found['best']['recipe']}", "The recipe with the first of them:"),
+            Code(
+                f"distill train {console.typed(found['best']['recipe'])}",
+                "The recipe with the first of them:",
+            ),
         ],
         footer="distill rank-teachers",
     )

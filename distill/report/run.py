@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from distill import storage
+from annotated_types import Len
+from pydantic import BaseModel, model_validator
+
+from distill import console, jsonio, storage
+from distill.errors import DamagedError
 from distill.report import files
 from distill.report.page import Block, Code, Heading, Picture, Table, Text, page
 from distill.report.plot import Figure, Series
 
+_ANEW = "`distill train --restart` trains again; a copy may be whole where it came from"
 MOST_POINTS = 200  # of a curve, which has 384 units of width
+
+
+class _Row(BaseModel):
+    parameters: int
+    flops: int
+    top1: float | None = None
+    top5: float | None = None
+    nll: float | None = None
+    ece: float | None = None
+
+    @model_validator(mode="after")
+    def _all_scores_or_none(self) -> Self:
+        if len({one is None for one in (self.top1, self.top5, self.nll, self.ece)}) > 1:
+            raise ValueError("some of its scores are missing")
+        return self
+
+
+class _Teacher(_Row):
+    model: str
+
+
+class _Scored(_Row):
+    top1: float
+
+
+class _Result(_Scored):
+    """What the page tells of `result.json`."""
+
+    student: str
+    warnings: list[str]
+    teachers: list[_Teacher]
+    baseline: _Scored | None = None
+    gain: float | None = None
+    gain_ci95: Annotated[list[float], Len(2, 2)] | None = None
+
+    @model_validator(mode="after")
+    def _whole_gain(self) -> Self:
+        if self.gain is not None and (self.baseline is None or self.gain_ci95 is None):
+            raise ValueError("a gain over no baseline, or without its interval")
+        return self
 
 
 def write(run: Path) -> None:
@@ -23,7 +68,7 @@ def write(run: Path) -> None:
     report = run / "report.html"
     if report.exists() and report.stat().st_mtime_ns >= (run / "result.json").stat().st_mtime_ns:
         return
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    result = _result(run)
     html = page(
         f"Run {run.resolve().name}",
         verdict=verdict(result),
@@ -35,13 +80,27 @@ def write(run: Path) -> None:
             recipe(run),
             Heading("More"),
             Code(
-                f"distill evaluate {run} --suite all",
+                f"distill evaluate {console.typed(run)} --suite all",
                 "Calibration, fidelity, corruptions, inductive biases and costs, in this page:",
             ),
         ],
         footer="distill train",
     )
     storage.write(report, html.encode(errors="replace"))
+
+
+def _result(run: Path) -> dict[str, Any]:
+    """What the page tells of a run.
+
+    Raises:
+        DamagedError: If it is not what `train` writes.
+    """
+    file = run / "result.json"
+    try:
+        found = jsonio.mapping(file.read_text(encoding="utf-8"))
+        return jsonio.checked(_Result, found).model_dump(exclude_none=True)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{file}: cannot be read: {error}", hint=_ANEW) from None
 
 
 def _baseline(run: Path) -> dict[str, Path]:
@@ -137,10 +196,26 @@ def curves(runs: Mapping[str, Path]) -> Iterator[Block]:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run.
+
+    Raises:
+        DamagedError: If one is not what `train` writes.
+    """
     file = run / "metrics.jsonl"
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rows = [jsonio.mapping(line) for line in lines]
+        for row in rows:
+            numbers = {key: value for key, value in row.items() if key != "split"}
+            if not all(map(math.isfinite, jsonio.checked(dict[str, float], numbers).values())):
+                raise ValueError("a number that is not finite")
+            if not isinstance(row.get("split"), str) or not isinstance(row.get("step"), int):
+                raise ValueError("a row without a split and a step")
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{file}: cannot be read: {error}", hint=_ANEW) from None
+    return rows
 
 
 def _thinned(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -155,5 +230,9 @@ def _thinned(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], 
 
 def recipe(run: Path) -> Code:
     """The run's complete recipe."""
-    text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    file = run / "recipe.yaml"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{file}: cannot be read: {error}", hint=_ANEW) from None
     return Code(text, "The recipe, complete: distill train repeats the run with it.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill import console
 from distill.report import files
 from distill.report.page import Code, Picture, Table, Text, page
 from distill.report.plot import Figure, Series
@@ -150,7 +151,7 @@ def to_html(found: Mapping[str, Any], picture: Figure | None, table: str) -> str
                 "there are several; a setting is on the plateau if it is within one standard error "
                 "of the best on the same images and seeds."
             ),
-            Code(f"distill train {found['best']['recipe']}", "The best recipe:"),
+            Code(f"distill train {console.typed(found['best']['recipe'])}", "The best recipe:"),
         ],
         footer="distill temperature-sweep",
     )

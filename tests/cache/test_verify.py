@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load
 
 from distill.cache import layout, verify, write
 from distill.cache.layout import CANARIES, INDEX, MANIFEST, SAMPLES, Manifest
+from distill.cache.read import Reader
 from distill.cache.store import Folder, Store
 from distill.cache.verify import Fault, Progress
 from distill.errors import DamagedError
 from tests.cache import made
+from tests.promises import Measured
 
 Look = Callable[[Store, Manifest], list[Fault]]
 looks = pytest.mark.parametrize("look", [verify.quick, verify.full])
@@ -31,21 +35,56 @@ def test_a_sound_cache_has_no_faults(store: Store, look: Look) -> None:
     assert look(store, made.complete(store, made.manifest())) == []
 
 
-@pytest.mark.parametrize(
-    "name", [MANIFEST, SAMPLES, CANARIES, INDEX, *(unit.name for unit in SMALL.units())]
-)
-def test_every_flipped_byte_of_every_file_is_found(folder: Folder, name: str) -> None:
+@pytest.mark.promise("R18")
+def test_every_flipped_byte_of_every_file_is_found(folder: Folder, measured: Measured) -> None:
     there = made.complete(folder, SMALL)
-    assert set(folder.sizes()) == {MANIFEST, SAMPLES, CANARIES, INDEX} | {
-        unit.name for unit in there.units()
-    }
-    path = folder.path / name
-    whole = path.read_bytes()
-    for position in range(len(whole)):
-        path.write_bytes(made.flipped(whole, position, position % 8))
-        assert set(named(verify.full(folder, there))) == {name}, position
-    path.write_bytes(whole)
+    names = [MANIFEST, SAMPLES, CANARIES, INDEX, *(unit.name for unit in there.units())]
+    assert set(folder.sizes()) == set(names)
+    found = 0
+    for name in names:
+        path = folder.path / name
+        whole = path.read_bytes()
+        for position in range(len(whole)):
+            path.write_bytes(made.flipped(whole, position, position % 8))
+            assert set(named(verify.full(folder, there))) == {name}, position
+            found += 1
+        path.write_bytes(whole)
     assert verify.full(folder, there) == []
+    measured("a flipped bit in each byte of a small cache", f"{found:,} of {found:,} found")
+
+
+@pytest.mark.promise("R18")
+@pytest.mark.parametrize("flips", [40, pytest.param(500, marks=pytest.mark.soak)])
+def test_a_flipped_bit_is_found_by_verify_and_by_training(
+    folder: Folder, tmp_path: Path, flips: int, measured: Measured
+) -> None:
+    """Anywhere in a cache of many units; what a reader gives is as it was written, or nothing."""
+    there = made.complete(folder, made.manifest(samples=600, unit_rows=256, views=2))
+    names = sorted(folder.sizes())
+    ids = load(made.samples_file(600, there.val))["train"]
+    with closing(Reader(folder, there, num_views=2, scratch=tmp_path / "s")) as reader:
+        expected = [reader.rows(ids, view) for view in range(2)]
+    draw, heard = random.Random(flips), 0
+    for flip in range(flips):
+        name = draw.choice(names)
+        path = folder.path / name
+        whole = path.read_bytes()
+        path.write_bytes(made.flipped(whole, draw.randrange(len(whole)), draw.randrange(8)))
+        assert set(named(verify.full(folder, there))) == {name}
+        try:
+            known = write.read_manifest(folder)
+            assert known == there
+            write.read_index(folder, there)
+            with closing(
+                Reader(folder, there, num_views=2, scratch=tmp_path / f"{flip}")
+            ) as reader:
+                for view in range(2):
+                    assert made.same(reader.rows(ids, view), expected[view])
+            assert not name.startswith(("views", MANIFEST, INDEX, SAMPLES))
+        except DamagedError:
+            heard += 1
+        path.write_bytes(whole)
+    measured("a flipped bit anywhere in a cache", f"{flips} of {flips} found; {heard} by training")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +192,8 @@ def test_a_users_own_files_beside_the_units_are_no_fault(store: Store, look: Loo
 
 
 @looks
-def test_units_of_another_cache_are_found(store: Store, look: Look) -> None:
+@pytest.mark.promise("R18")
+def test_units_of_another_cache_are_found(store: Store, look: Look, measured: Measured) -> None:
     """They have the same name and the same size, and every checksum in them is right."""
     there = made.complete(store, made.manifest())
     other = made.manifest(identity={"teacher": {"weights": "cd" * 8}})
@@ -163,6 +203,8 @@ def test_units_of_another_cache_are_found(store: Store, look: Look) -> None:
         store.write(unit.name, write.encode(other, unit, made.unit_columns(there, unit)))
         assert look(store, there) == [Fault(unit.name, "its header belongs to another cache")]
         store.write(unit.name, whole)
+    count = len(there.units())
+    measured("a unit of another teacher's cache in its place", f"{count} of {count} found")
 
 
 @looks

@@ -216,7 +216,7 @@ def test_an_error_comes_up_while_more_is_put(folder: Folder) -> None:
             writer.put(unit, made.unit_columns(there, unit))
             put.append(unit)
 
-    with pytest.raises(PreflightError, match=r"views/v0000/u0000.*: Not a directory") as caught:
+    with pytest.raises(PreflightError, match=r"views/v0000: .*: not a directory") as caught:
         put_all()
     assert caught.value.exit_status == 6
     assert len(put) < 8  # and not after all 42

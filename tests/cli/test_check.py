@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor, nn
 from typer.testing import Result
 
-from tests.cli.conftest import images, listing, process
+from tests.cli.conftest import images, listing, picture, process
 
 KD = [{"term": "ce", "weight": 0.5}, {"term": "kd", "weight": 0.5}]
 MINE = f"{__name__}:mine"
@@ -236,3 +236,88 @@ def test_what_terms_read_inside_of_the_networks_is_told(
     }
     shown = " ".join(distill("check", recipe).stdout.split())
     assert f"features reads {seen['reads']['features']}" in shown
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twenty training images and two test images, the first of each class the same."""
+    root = images(tmp_path / "photos", "train/a", "train/b", count=10)
+    for name in "ab":
+        (root / "test" / name).mkdir(parents=True)
+        (root / "test" / name / "0.png").write_bytes(picture((20, 16), 77 + ord(name)))
+    return root
+
+
+def test_all_images_are_read_and_a_manifest_is_written_and_compared(
+    distill: Callable[..., Result], write_recipe: Callable[..., Path], photos: Path, tmp_path: Path
+) -> None:
+    data = {"name": "folder", "root": str(photos), "image_size": 18}
+    recipe = write_recipe(data=data)
+    before = listing(photos)
+    first = distill("check", recipe, "--data", "--workers", 0)
+    assert first.exit_code == 0, first.stderr
+    assert "20 train, 2 test images" in first.stdout
+    assert "22 with a shorter side below 18 px" in first.stdout
+    assert listing(tmp_path) == {"recipe.yaml": recipe.read_bytes()} | {
+        f"photos/{name}": content for name, content in before.items()
+    }
+    arguments = ("check", recipe, "--data", "--manifest", "images.jsonl", "--json", "--workers", 0)
+    made = found(distill(*arguments))
+    assert (made["manifest"], made["written"]) == ("images.jsonl", True)
+    assert made["classes"] == {"a": 10, "b": 10}
+    again = distill(*arguments)
+    assert found(again)["written"] is False
+    assert "images.jsonl: all as it says" in again.stderr
+    held = write_recipe("held.yaml", data=data | {"manifest": "images.jsonl"})
+    assert found(distill("check", held, "--json"))["data"]["train"] == 20
+    (photos / "test/a/0.png").write_bytes((photos / "train/b/3.png").read_bytes())
+    (photos / "train/a/new.png").write_bytes(picture((20, 16), 5))
+    changed = distill("check", held, "--data", "--json", "--workers", 0)
+    assert changed.exit_code == 5
+    assert "train image train/a/new.png was added" in changed.stderr
+    told = json.loads(changed.stdout)
+    assert told["leaked"] == {"count": 1, "first": [["test/a/0.png", "train/b/3.png"]]}
+    assert told["changed"]["count"] == 2
+    refused = distill("check", held)
+    assert refused.exit_code == 5
+    assert "train/a/new.png was added" in refused.stderr
+    assert listing(photos).keys() == before.keys() | {"train/a/new.png"}
+
+
+def test_bad_images_of_all_that_are_read(
+    distill: Callable[..., Result], write_recipe: Callable[..., Path], photos: Path, tmp_path: Path
+) -> None:
+    whole = (photos / "train/a/0.png").read_bytes()
+    (photos / "train/a/0.png").write_bytes(whole[:-50])  # only decoding tells
+    recipe = write_recipe(data={"name": "folder", "root": str(photos), "image_size": 8})
+    skip = ("--set", "data.on_bad_image=skip")
+    arguments = ("check", recipe, "--data", "--workers", 0, "--manifest", "images.jsonl")
+    bad = distill(*arguments)
+    assert bad.exit_code == 6
+    assert "train images that cannot be used: 1" in bad.stdout
+    assert "train/a/0.png: " in bad.stderr
+    assert "data.on_bad_image: skip" in bad.stderr
+    assert (tmp_path / "images.jsonl").exists()
+    assert distill(*arguments, *skip).exit_code == 0
+    few = distill(*arguments, *skip, "--set", "data.max_bad=0.04")
+    assert few.exit_code == 6
+    assert "allows 0 of 20 training images" in few.stderr
+    (photos / "test/b/0.png").write_bytes(b"<html>")
+    (tmp_path / "images.jsonl").unlink()
+    test = distill(*arguments, *skip)
+    assert test.exit_code == 6
+    assert "never skipped" in test.stderr
+
+
+def test_only_images_in_files_have_a_manifest(
+    distill: Callable[..., Result], write_recipe: Callable[..., Path]
+) -> None:
+    result = distill("check", write_recipe(), "--data")
+    assert result.exit_code == 2
+    assert "digits" in result.stderr
+    result = distill("check", write_recipe(), "--set", "data.manifest=images.jsonl")
+    assert result.exit_code == 2
+    assert "data.manifest" in result.stderr
+    result = distill("check", write_recipe(), "--manifest", "images.jsonl")
+    assert result.exit_code == 2
+    assert "goes with --data" in result.stderr

@@ -134,6 +134,12 @@ def test_bad_images_are_named_and_left_out(distill: Callable[..., Result], tmp_p
     assert Recipe.load(tmp_path / "s.yaml").data.on_bad_image == "skip"
     assert distill("check", "s.yaml").exit_code == 0
 
+    for i in range(3):
+        (root / f"train/b/empty {i}.png").write_bytes(b"")
+    init(distill, "split", "--out", "u.yaml")
+    assert Recipe.load(tmp_path / "u.yaml").data.max_bad == 0.17  # 4 of 24
+    assert distill("check", "u.yaml").exit_code == 0
+
     (root / "test/a/cut.png").write_bytes(picture((20, 16), 0)[:20])
     result = distill("init", "split", "--out", "t.yaml")
     assert "never skipped" in result.stderr

@@ -153,7 +153,7 @@ def test_every_split_and_subset_has_the_same_images(home: Path, distill: Command
         {"augment": [], "val": 0.2},  # in memory: all are decoded
     ]
     for keys in cases:
-        keys = {"on_bad_image": "skip"} | keys
+        keys = {"on_bad_image": "skip", "max_bad": 0.5} | keys
         ours, theirs = (
             load("webdataset", home / "p", **keys),
             load("folder", home / "photos", **keys),

@@ -280,7 +280,7 @@ def test_skipped_images_keep_their_ids(tmp_path: Path, augment: list[dict[str, s
         (root / name).write_bytes(b"no image")
     with pytest.raises(PreflightError):
         load(root, val=0.2, augment=augment)
-    found = load(root, val=0.2, augment=augment, on_bad_image="skip")
+    found = load(root, val=0.2, augment=augment, on_bad_image="skip", max_bad=0.1)
     assert found.bad == (names[3], names[12])
     assert len(found.train) == 20
     assert np.array_equal(found.train.labels, whole.train.labels)
@@ -296,7 +296,7 @@ def test_a_truncated_image_is_found_when_it_is_decoded(tmp_path: Path) -> None:
     spoil(root / "train/cat/1.png")
     with pytest.raises(PreflightError, match=r"train/cat/1.png: .*truncated"):
         load(root)
-    assert load(root, on_bad_image="skip").bad == ("train/cat/1.png",)
+    assert load(root, on_bad_image="skip", max_bad=0.5).bad == ("train/cat/1.png",)
     lazy = load(root, augment=CROP)  # only the headers are read
     assert lazy.train.files is not None
     with pytest.raises(PreflightError, match=r"train/cat/1.png: .*truncated"):
@@ -311,12 +311,27 @@ def test_bad_evaluation_images_are_never_skipped(tmp_path: Path) -> None:
     assert "never skipped" in error.value.hint
 
 
+def test_only_so_many_bad_images_are_skipped(tmp_path: Path) -> None:
+    names = [f"train/{c}/{i:02d}.png" for c in ("bee", "cat") for i in range(20)]
+    root = folder(tmp_path, *names, *TEST)
+    for name in names[:2]:
+        (root / name).write_bytes(b"no image")
+    assert len(load(root, on_bad_image="skip").bad) == 2  # a twentieth, if nothing else is said
+    (root / names[2]).write_bytes(b"no image")
+    with pytest.raises(PreflightError, match="cannot be used: 3") as error:
+        load(root, on_bad_image="skip")
+    assert "data.max_bad 0.05 allows 2 of 40 training images" in error.value.hint
+    assert len(load(root, on_bad_image="skip", max_bad=0.08).bad) == 3
+    with pytest.raises(PreflightError, match="cannot be used: 3"):
+        load(root, on_bad_image="skip", max_bad=0.0)
+
+
 def test_a_class_that_loses_all_its_images(tmp_path: Path) -> None:
     root = folder(tmp_path, *TRAIN, *TEST)
     for name in TRAIN[2:]:
         spoil(root / name)
     with pytest.raises(PreflightError, match="without a usable training image: 'cat'"):
-        load(root, on_bad_image="skip")
+        load(root, on_bad_image="skip", max_bad=0.5)
 
 
 def test_max_pixels_is_asked_of_every_image(tmp_path: Path) -> None:
@@ -334,7 +349,7 @@ def test_nothing_in_the_folder_is_changed(tmp_path: Path) -> None:
     )
     before = fingerprint(root)
     for augment in ([], CROP):
-        load(root, augment=augment, on_bad_image="skip")
+        load(root, augment=augment, on_bad_image="skip", max_bad=0.5)
     assert fingerprint(root) == before
 
 

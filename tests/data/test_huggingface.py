@@ -119,7 +119,7 @@ def test_images_that_are_bad_or_in_files(tmp_path: Path) -> None:
     root = saved(tmp_path / "set", "disk", train=train, test=train.select([0, 3]))
     with pytest.raises(DistillError, match="train/2: no image"):
         load(root)
-    found = load(root, on_bad_image="skip")
+    found = load(root, on_bad_image="skip", max_bad=0.5)
     assert found.train_ids.tolist() == [0, 1, 3]
     assert found.train.files is not None
     assert np.array_equal(encoded.decode(found.train.files, 1, max_pixels=999), photo(20, 16, 1))

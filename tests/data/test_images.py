@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import huge, png
 from pictures import encoded, photo
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
@@ -19,18 +18,6 @@ from distill.data.images import BadImageError, check_header, decode, evaluation_
 from distill.errors import PreflightError
 
 MAX_PIXELS = 64_000_000
-
-
-def png(width: int, height: int, *, depth: int, colour: int, raw: bytes) -> bytes:
-    """A PNG of given header and scan lines (each with its filter byte)."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(name + content))
-        return struct.pack(">I", len(content)) + name + content + crc
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -148,12 +135,6 @@ def test_decoded(tmp_path: Path, name: str) -> None:
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= tolerance
     assert path.read_bytes() == content
-
-
-def huge(width: int, height: int) -> bytes:
-    """A true black and white PNG of that size; black costs nothing."""
-    raw = (b"\0" + bytes(-(-width // 8))) * height
-    return png(width, height, depth=1, colour=0, raw=raw)
 
 
 # name, content, what the message says of it

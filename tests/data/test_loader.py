@@ -18,14 +18,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shards import samples, tar
 
-from distill.data import augment, encoded, images, mixing, views
+from distill.data import augment, datasets, encoded, images, mixing, views
 from distill.data.datasets import Dataset, Source
 from distill.data.folder import Entry, Images
 from distill.data.loader import Loader, evaluation_batches
 from distill.errors import IncompatibleError, PreflightError
 from distill.recipe import Data
 from distill.types import Batch
+from tests.promises import Measured
 
 CPU = torch.device("cpu")
 EVERYTHING = ["crop", "flip", "randaugment", "color_jitter", "erase"]
@@ -147,6 +149,122 @@ def test_pixels_in_files_are_the_same_for_any_workers_and_world_and_after_a_rest
     assert digests(*ranks) == whole
     resumed = loader(in_files, recipe, batch_size=8, workers=2)
     assert digests(resumed, start=2) == whole[2:5] + whole[7:]
+
+
+@pytest.fixture(scope="module")
+def in_shards(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """36 pictures in five shards."""
+    root = tmp_path_factory.mktemp("shards")
+    for number in range(5):
+        labels = [1, 0, 2, 3, 0, 1, 2, 0][: 8 if number else 4]
+        tar(root / f"train-{number}.tar", samples(8 * number, *labels))
+    tar(root / "test-0.tar", samples(100, 0, 1, 2, 3))
+    crop = [{"name": "resized_crop"}]  # so that they stay where they are
+    return datasets.load(
+        Data.model_validate(
+            {"name": "webdataset", "root": str(root), "image_size": 8, "augment": crop}
+        )
+    )
+
+
+def fingerprints(loaders: Sequence[Loader], *, start: int = 0) -> tuple[str, str]:
+    """Of the ids of two epochs' global batches, in their order, and of all else in them."""
+    ids, rest = hashlib.sha256(), hashlib.sha256()
+    for epoch in range(2):
+        for parts in zip(*(each.epoch(epoch, start=start) for each in loaders), strict=True):
+            whole = Batch(
+                *(torch.cat(columns) for columns in zip(*(p[:4] for p in parts), strict=True))
+            )
+            ids.update(whole.ids.numpy().tobytes())
+            rest.update(digest(whole).encode())
+    for each in loaders:
+        each.close()
+    return ids.hexdigest(), rest.hexdigest()
+
+
+SOURCES = {
+    "in_memory": ({"augment": EVERYTHING, "mixup": 0.8}, 24),
+    "in_files": ({"augment": ["resized_crop", "flip", "erase"]}, 12),
+    "in_shards": ({"augment": ["resized_crop"]}, 12),
+    "in_shards, mixed by two": ({"augment": ["resized_crop"], "shuffle_shards": 2}, 12),
+}
+CELLS = [(world, workers) for world in (1, 2, 3, 4) for workers in (0, 1, 2, 4)]
+
+
+def grid(
+    request: pytest.FixtureRequest, kind: str, cells: Sequence[tuple[int, int]], *, start: int = 0
+) -> list[tuple[str, str]]:
+    """The fingerprints of a kind of source for (world, workers)."""
+    keys, batch_size = SOURCES[kind]
+    fixture = kind.partition(",")[0]
+    source = in_memory() if fixture == "in_memory" else request.getfixturevalue(fixture)
+    recipe = data(**keys)
+    return [
+        fingerprints(
+            [
+                loader(source, recipe, batch_size=batch_size, rank=r, world=world, workers=workers)
+                for r in range(world)
+            ],
+            start=start,
+        )
+        for world, workers in cells
+    ]
+
+
+more_than_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+some_or_all = pytest.mark.parametrize(
+    "cells", [[(1, 0), (2, 1), (3, 2), (4, 0)], pytest.param(CELLS, marks=pytest.mark.soak)]
+)
+
+
+@pytest.mark.promise("R5")
+@pytest.mark.parametrize("kind", SOURCES)
+@some_or_all
+@more_than_cores
+def test_ids_and_pixels_of_a_step_are_the_same_for_any_world_and_workers(
+    request: pytest.FixtureRequest,
+    kind: str,
+    cells: list[tuple[int, int]],
+    measured: Measured,
+) -> None:
+    found = grid(request, kind, cells)
+    assert found == [found[0]] * len(cells)
+    orders = {ids for ids, _ in found}
+    measured(
+        f"ids of every step, processes x workers ({kind.replace('_', ' ')})",
+        f"{len(cells) if len(orders) == 1 else 0} of {len(cells)} hashes equal",
+    )
+
+
+@pytest.mark.promise("R5")
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_run_that_goes_on_in_another_world_goes_on_in_the_same_order(
+    request: pytest.FixtureRequest, kind: str, measured: Measured
+) -> None:
+    cells = [(1, 0), (2, 0), (3, 0), (4, 1)]
+    found = grid(request, kind, cells, start=1)
+    assert found == [found[0]] * len(cells)
+    assert found[0] != grid(request, kind, cells[:1])[0]
+    measured(
+        f"ids after going on with other processes ({kind.replace('_', ' ')})",
+        f"{len(cells)} of {len(cells)} hashes equal",
+    )
+
+
+@pytest.mark.promise("R6")
+@pytest.mark.parametrize("kind", ["in_files", "in_shards"])
+@more_than_cores
+def test_pixels_are_the_same_for_any_workers_and_after_going_on(
+    request: pytest.FixtureRequest, kind: str, measured: Measured
+) -> None:
+    workers = [(1, number) for number in (0, 1, 2, 4)]
+    for start in (0, 1):
+        found = grid(request, kind, workers, start=start)
+        assert found == [found[0]] * len(workers)
+    measured(
+        f"pixels of two epochs, 0, 1, 2 and 4 workers, whole and gone on ({kind[3:]})",
+        f"{2 * len(workers)} of {2 * len(workers)} hashes equal",
+    )
 
 
 def test_a_view_is_what_its_seeds_say() -> None:

@@ -23,6 +23,7 @@ from distill.data.datasets import Dataset, Source
 from distill.data.loader import Loader
 from distill.errors import DamagedError, DistillError, PreflightError
 from distill.recipe import Data
+from tests.promises import Measured
 
 CROP = [{"name": "resized_crop"}]
 
@@ -239,7 +240,7 @@ def test_bad_images(tmp_path: Path) -> None:
         assert what in said
     assert f"{tmp_path}/train.tar/s0001: no image" in said
     for augment in ([], CROP):
-        found = load(tmp_path, augment=augment, on_bad_image="skip", max_pixels=10**6)
+        found = load(tmp_path, augment=augment, on_bad_image="skip", max_bad=0.5)
         assert found.train_ids.tolist() == [0, 3, 4]
         assert found.bad == ("train.tar/s0001", "train.tar/s0002")
 
@@ -343,3 +344,82 @@ def test_what_a_worker_gets_is_small_and_opens_files_itself(tmp_path: Path) -> N
     assert found.read(4) == one  # it is open here
     with pytest.raises(PreflightError, match=r"train-1\.tar: No such file"):
         pickle.loads(sent).read(4)
+
+
+def member(
+    name: str, content: bytes = b"x", size: int | None = None, kind: bytes = tarfile.REGTYPE
+) -> bytes:
+    """A member as it stands in a tar, which may claim another size."""
+    about = tarfile.TarInfo(name)
+    about.type, about.size = kind, len(content) if size is None else size
+    padding = bytes(-len(content) % 512)
+    return about.tobuf(tarfile.GNU_FORMAT) + content + padding
+
+
+def pax(records: bytes) -> bytes:
+    return member("pax", records, kind=tarfile.XHDTYPE)
+
+
+END = bytes(1024)
+CLASS = member("a.cls", b"0")
+HOSTILE: dict[str, bytes] = {
+    "claims 10 GB": member("a.png", size=10 * 2**30) + CLASS + END,
+    "claims 10 GB by PAX": pax(b"20 size=10737418240\n") + member("a.png") + CLASS + END,
+    "claims a number of 5,000 digits": pax(b"5010 size=" + b"9" * 4999 + b"\n") + member("a.png"),
+    "a record of 5,000 digits": pax(b"9" * 5000 + b" size=1\n") + member("a.png") + END,
+    "claims less than nothing": pax(b"11 size=-1\n") + member("a.png") + END,
+    "a name of 2 MB": member("name", b"n" * 2**21, kind=tarfile.GNUTYPE_LONGNAME) + END,
+    "a record without an end": pax(b"999 path=x") + member("a.png") + END,
+    "a sparse file": member("a.png", kind=tarfile.GNUTYPE_SPARSE) + CLASS + END,
+    "a link for an image": member("a.png", b"", kind=tarfile.SYMTYPE) + CLASS + END,
+    "a hard link for an image": member("a.png", b"", kind=tarfile.LNKTYPE) + CLASS + END,
+    "a device for an image": member("a.png", b"", kind=tarfile.CHRTYPE) + CLASS + END,
+    "a pipe for an image": member("a.png", b"", kind=tarfile.FIFOTYPE) + CLASS + END,
+    "a class of 5,000 digits": member("a.png") + member("a.cls", b"9" * 5000) + END,
+    "a class nested deeply": member("a.png") + member("a.json", b"[" * 100_000) + END,
+    "a class that is no text": member("a.png") + member("a.cls", b"\xff\xfe") + END,
+    "no end": member("a.png") + CLASS,
+    "a page": b"<html>Sign in</html>".ljust(1024),
+    "a zip": b"PK\3\4" + bytes(1020),
+}
+
+
+@pytest.mark.promise("R22")
+def test_hostile_shards_are_refused(tmp_path: Path, measured: Measured) -> None:
+    tar(tmp_path / "test.tar", samples(0, 0))
+    for name, content in HOSTILE.items():
+        (tmp_path / "train.tar").write_bytes(content)
+        with pytest.raises((DamagedError, PreflightError), match=r"train\.tar: "):
+            load(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["test.tar", "train.tar"], name
+    with (tmp_path / "train.tar").open("wb") as file:  # it has the bytes that it claims
+        file.write(member("a.png", b"", size=5 * 2**30))
+        file.seek(5 * 2**30, os.SEEK_CUR)
+        file.write(CLASS + END)
+    with pytest.raises(PreflightError, match=r"train\.tar: a: 5,368,709,120 bytes"):
+        load(tmp_path)
+    count = len(HOSTILE) + 1
+    measured("hostile tar shards", f"{count} of {count} refused")
+
+
+@pytest.mark.promise("R22")
+def test_names_of_members_never_become_paths(tmp_path: Path, measured: Measured) -> None:
+    names = ("../../out", "/out", "x\\out", "a/../../out", "~/out", "$HOME/out", "line\nbreak",
+             "\x1b[2J", "n" * 3000, "-rf", "C:\\out", "%2e%2e/out")  # fmt: skip
+    root = tmp_path / "a" / "b" / "c"
+    members = {}
+    for i, name in enumerate(names):
+        members |= {f"{name}{i}.png": encode(photo(20, 16, i), "PNG"), f"{name}{i}.cls": b"0"}
+    tar(root / "train.tar", members)
+    tar(root / "test.tar", samples(0, 0))
+    for augment in ([], CROP):
+        found = load(root, augment=augment)
+        assert len(found.train) == len(names)
+    assert found.train.files is not None
+    for i, name in enumerate(names):
+        assert found.train.files.name(i) == f"train.tar/{name.removeprefix('./')}{i}"
+        image = encoded.decode(found.train.files, i, max_pixels=10**6)
+        assert np.array_equal(np.array(image), np.array(photo(20, 16, i)))
+    there = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(there) == ["test.index", "test.tar", "train.index", "train.tar"]
+    measured("hostile names in tar shards", f"{len(names)} of {len(names)} stay names")

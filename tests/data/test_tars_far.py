@@ -34,6 +34,7 @@ from distill.pack import pack
 from distill.recipe import Data, Recipe
 from tests.cache.test_object_store import BUCKET, Server, server  # noqa: F401 (a fixture)
 from tests.cli.conftest import process
+from tests.promises import Measured
 
 CPU = torch.device("cpu")
 SHARDS, IMAGES = 8, 10  # training shards, and images of each
@@ -183,6 +184,51 @@ def test_a_shard_that_is_gone_is_named(
     with pytest.raises(PreflightError, match=f"{URL}.*train-05.tar"):
         list(loader.epoch(0))
     loader.close()
+
+
+@pytest.mark.promise("R22")
+def test_a_shard_that_was_replaced_or_cut_there_is_found(
+    copies: Path,
+    local: Path,
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+    measured: Measured,
+) -> None:
+    recipe, found = data(URL), 0
+    first = datasets.load(recipe)
+    digests(recipe, workers=0)  # copies of what there was lie here
+    other = tar(tmp_path / "other.tar", samples(50, *(i % 2 for i in range(IMAGES))))
+    whole = (local / "train-05.tar").read_bytes()
+    same_size = other.read_bytes().ljust(len(whole), b"\0")
+    same_labels = bytearray(whole)
+    same_labels[same_labels.index(b"IDAT") + 30] ^= 1
+    for content, is_sound in (
+        (same_size, True),
+        (bytes(same_labels), True),  # it is another shard, not a damaged one
+        (whole[: len(whole) // 2], False),
+        (whole[:700] + b"<html>" + whole[706:], True),
+        (b"<html>Sign in</html>", False),
+        (b"", False),
+    ):
+        server.client.put_object(Bucket=BUCKET, Key="set/train-05.tar", Body=content)
+        for path in copies.rglob("*.tar"):
+            path.unlink()
+        loader = Loader(first, recipe, batch_size=8, train_seed=3, device=CPU)
+        with pytest.raises((DamagedError, PreflightError), match=r"train-05\.tar: "):
+            list(loader.epoch(0))
+        loader.close()
+        assert not list(copies.rglob("*train-05.tar"))
+        if is_sound:
+            again = datasets.load(recipe)  # looked through anew
+            assert again.train.files is not None
+            assert len(again.train.files.read(50)) > 100
+        else:
+            with pytest.raises(DamagedError, match=r"train-05\.tar"):
+                datasets.load(recipe)
+        found += 1
+    server.client.put_object(Bucket=BUCKET, Key="set/train-05.tar", Body=same_size)
+    assert datasets.load(recipe).train.labels[50:60].tolist() == [0, 1] * 5
+    measured("shards in an object store, replaced or cut short", f"{found} of {found} found")
 
 
 def _read(seed: int, sizes: dict[str, int]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ objective:
 optimizer: {name: adamw, lr: 2e-3, weight_decay: 0.05, warmup_epochs: 1, clip_norm: 1.0}
 train: {epochs: 4, batch_size: 20, ema: 0.9, seed: 3}
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on() -> Iterator[None]:
+    """End what a test that failed has left running."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 @pytest.fixture

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import pkgutil
 import random
+import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 
@@ -22,6 +26,8 @@ context.set_forkserver_preload(
         "torch._dynamo",
         "distill.sweep",
         "distill.report.sweep",
+        "distill.report.run",
+        "distill.cli",
         "distill.models.zoo.vit",
         "distill.models.zoo.resnet",
     ]
@@ -35,21 +41,168 @@ def start(recipe: Path, out: Path, **options: Any) -> ForkServerProcess:
     return process
 
 
-def _train(recipe: Path, out: Path, options: dict[str, Any]) -> None:
-    import sys
-
+def _as_alone() -> None:
+    """Be like a process that no server forked: one thread, and workers that are its children."""
     import torch
 
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)
+
+
+def _train(recipe: Path, out: Path, options: dict[str, Any]) -> None:
     from distill.engine.train import train
     from distill.errors import DistillError
     from distill.recipe import Recipe
 
-    torch.set_num_threads(1)
+    _as_alone()
     try:
         train(Recipe.load(recipe), out, **options)
     except DistillError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)
+
+
+class Strike(NamedTuple):
+    """A process sends itself a signal as a function of its is called for the n-th time."""
+
+    where: str  # distill.engine.fit.Training.take
+    call: int  # from 1
+    signum: int
+
+
+class Slow(NamedTuple):
+    """A function takes longer."""
+
+    where: str
+    seconds: float
+
+
+def command(
+    folder: Path,
+    *arguments: object,
+    said: Path,
+    strike: Strike | None = None,
+    slow: Slow | None = None,
+    log: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    ignored: int | None = None,
+) -> ForkServerProcess:
+    """Begin `distill ARGUMENTS` in a folder, in a process that imports nothing heavy any more.
+
+    Args:
+        folder: Where it works.
+        arguments: Of the command line.
+        said: Takes what it prints: a file, a pipe, or a terminal, which then is its own.
+        strike: A signal that it sends itself.
+        slow: What takes it longer.
+        log: Takes a line `step began ended` for each optimizer step, by the monotonic clock.
+        env: More variables.
+        ignored: A signal that is ignored from the beginning.
+    """
+    words = [str(word) for word in arguments]
+    process = context.Process(
+        target=_command, args=(folder, words, said, strike, slow, log, dict(env or {}), ignored)
+    )
+    process.start()
+    return process
+
+
+def _command(
+    folder: Path,
+    arguments: list[str],
+    said: Path,
+    strike: Strike | None,
+    slow: Slow | None,
+    log: Path | None,
+    env: dict[str, str],
+    ignored: int | None,
+) -> None:
+    from distill.cli import app
+
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `distill.__main__` does
+    own = os.O_RDWR if said.is_char_device() else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(said, own), stream.fileno())
+    os.chdir(folder)
+    os.environ.update({"COLUMNS": "200", **env})
+    _as_alone()
+    if ignored is not None:
+        signal.signal(ignored, signal.SIG_IGN)
+    if log is not None:
+        _log_steps(log)
+    if slow is not None:
+        _replace(slow.where, lambda number: time.sleep(slow.seconds))
+    if strike is not None:
+        _strike(strike)
+    sys.argv = ["distill", *arguments]
+    app(arguments, prog_name="distill")
+
+
+def launch(folder: Path, count: int, arguments: list[str], *, said: Path) -> ForkServerProcess:
+    """Begin a process that starts `distill ARGUMENTS` in `count` others, real ones, of a group."""
+    process = context.Process(target=_launch, args=(folder, count, arguments, said))
+    process.start()
+    return process
+
+
+def _launch(folder: Path, count: int, arguments: list[str], said: Path) -> None:
+    from distill.engine import launch
+
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    os.chdir(folder)
+    sys.exit(launch.spawn(count, arguments))
+
+
+def _replace(where: str, before: Callable[[int], None]) -> None:
+    """Do something before each call of a function, which is told its number."""
+    owner, _, name = where.rpartition(".")
+    found = pkgutil.resolve_name(owner)
+    act, numbers = getattr(found, name), itertools.count(1)
+
+    def replaced(*values: Any, **keys: Any) -> Any:
+        before(next(numbers))
+        return act(*values, **keys)
+
+    setattr(found, name, replaced)
+
+
+def _strike(strike: Strike) -> None:
+    def before(number: int) -> None:
+        if number == strike.call:
+            os.kill(os.getpid(), strike.signum)
+
+    _replace(strike.where, before)
+
+
+def _log_steps(log: Path) -> None:
+    from distill.engine.fit import Training
+
+    take = Training.take
+
+    def logged(self: Training, batch: Any) -> bool:
+        with log.open("a") as lines:
+            lines.write(f"{self.step + 1} {time.monotonic()}")
+            lines.flush()
+            row = take(self, batch)
+            lines.write(f" {time.monotonic()}\n")
+        return row
+
+    Training.take = logged  # type: ignore[method-assign]
+
+
+def struck(recipe: Path, out: Path, strike: Strike, **options: Any) -> ForkServerProcess:
+    """Begin to train in a process that sends itself a signal."""
+    process = context.Process(target=_struck, args=(recipe, out, strike, options))
+    process.start()
+    return process
+
+
+def _struck(recipe: Path, out: Path, strike: Strike, options: dict[str, Any]) -> None:
+    _strike(strike)
+    _train(recipe, out, options)
 
 
 def build(recipe: Path, out: Path, shard: tuple[int, int]) -> ForkServerProcess:
@@ -60,10 +213,6 @@ def build(recipe: Path, out: Path, shard: tuple[int, int]) -> ForkServerProcess:
 
 
 def _build(recipe: Path, out: Path, shard: tuple[int, int]) -> None:
-    import sys
-
-    import torch
-
     from distill.data import datasets
     from distill.engine import machine
     from distill.engine.jobs import Settings, build_jobs
@@ -71,7 +220,7 @@ def _build(recipe: Path, out: Path, shard: tuple[int, int]) -> None:
     from distill.errors import DistillError
     from distill.recipe import Recipe
 
-    torch.set_num_threads(1)
+    _as_alone()
     try:
         loaded = Recipe.load(recipe)
         dataset, here = datasets.load(loaded.data), machine.setup(workers=0)
@@ -92,16 +241,12 @@ def sweep(recipe: Path, place: Path, temperatures: tuple[float, ...]) -> ForkSer
 
 
 def _sweep(recipe: Path, place: Path, temperatures: tuple[float, ...]) -> None:
-    import os
-
-    import torch
-
     from distill.grid import temperature_axis
     from distill.recipe import Recipe
     from distill.report.sweep import write
     from distill.sweep import Sweep, sweep
 
-    torch.set_num_threads(1)
+    _as_alone()
     os.chdir(place)
     loaded = Recipe.load(recipe)
     axes = [temperature_axis(loaded, temperatures)]
@@ -118,16 +263,12 @@ def rank(folder: Path, out: Path) -> ForkServerProcess:
 
 
 def _rank(folder: Path, out: Path) -> None:
-    import os
-
-    import torch
-
     from distill import rank
     from distill.engine import jobs
     from distill.recipe import Recipe
     from distill.report.rank import write
 
-    torch.set_num_threads(1)
+    _as_alone()
     jobs.TIMED_SECONDS = 0.1
     os.chdir(folder)
     loaded = Recipe.load("student.yaml")
@@ -166,9 +307,12 @@ def killed(
             return
         place = folder / f"cut-{number}"
         while True:
+            first, began = not place.exists(), time.monotonic()
             process = start(place)
             process.join(timeout=draw.uniform(0.1, 0.9) * seconds if done < kills else None)
             if process.exitcode is not None:
+                if first:  # the machine was busier before
+                    seconds = min(seconds, time.monotonic() - began)
                 break
             process.kill()
             process.join()
@@ -191,6 +335,7 @@ def traces(out: Path) -> dict[str, bytes]:
     result = json.loads((out / "result.json").read_text())
     for clock in ("seconds", "images_per_second", "data_wait", "memory", "run", "teachers"):
         del result[clock]
+    result["warnings"] = [one for one in result["warnings"] if "% of the time" not in one]
     found["result.json"] = json.dumps(result).encode()
     return found
 

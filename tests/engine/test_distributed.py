@@ -21,6 +21,7 @@ from distill.engine.train import train
 from distill.recipe import Recipe
 from tests.engine.conftest import STUDENT
 from tests.engine.processes import free_port, largest_difference
+from tests.promises import Measured
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,8 +188,9 @@ def test_an_error_in_one_process_is_said_and_ends_the_others_without_a_traceback
     assert "Traceback" not in said[0] + said[1]
 
 
+@pytest.mark.promise("R9")
 def test_a_process_that_is_killed_ends_the_others_which_say_so(
-    recipes: Callable[..., Path], tmp_path: Path
+    recipes: Callable[..., Path], tmp_path: Path, measured: Measured
 ) -> None:
     recipe = recipes(student=PLAIN.replace("epochs: 4", "epochs: 4000"))
     train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
@@ -202,3 +204,4 @@ def test_a_process_that_is_killed_ends_the_others_which_say_so(
     assert [process.returncode for process in group] == [1, -signal.SIGKILL]
     assert "another process of this run ended" in said[0]
     assert "Traceback" not in said[0]
+    measured("kill -9 of one of two processes", "the other ends, and says why; no traceback")

@@ -154,22 +154,17 @@ def test_a_run_that_diverges_is_one_sentence_and_leaves_nothing_broken(tmp_path:
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("val", "said"), [(0.0, "not finite after step 1; "), (0.1, "images are not finite numbers")]
-)
-def test_weights_that_the_last_step_ruined_are_not_saved(
-    tmp_path: Path, val: float, said: str
-) -> None:
-    """The loss of every step is finite: only the weights tell, and what is validated with them."""
+@pytest.mark.parametrize("val", [0.0, 0.1])
+def test_weights_that_the_last_step_ruined_are_not_saved(tmp_path: Path, val: float) -> None:
+    """The loss of every step is finite, and so is every gradient: only the weights tell."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     only = ["train.epochs=1", "train.batch_size=80", "train.ema=0"]
     only += ["optimizer.lr=3e38", "objective.0.weight=1e4"]
     recipe = Recipe.load(tmp_path / "recipe.yaml", [*only, f"data.val={val}"])
+    said = r"^student\.backbone\.\S+ is not finite after step 1; "
     with pytest.raises(DivergedError, match=said):
         train(recipe, tmp_path / "run")
-    rows = read_rows(tmp_path / "run")
-    assert [row["split"] for row in rows] == ["train"]
-    assert math.isfinite(rows[0]["loss"])
+    assert read_rows(tmp_path / "run") == []
     assert not list((tmp_path / "run").rglob("*.safetensors"))
     assert not list((tmp_path / "run").rglob("*.tmp"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -14,22 +15,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from distill import models, objectives
+from distill import evaluate, models, objectives
+from distill.data import datasets
+from distill.data.datasets import Source
 from distill.engine import machine, parallel
 from distill.engine.average import Average
 from distill.engine.machine import Machine
 from distill.engine.networks import facts
-from distill.engine.session import prepare
+from distill.engine.session import answers, prepare
 from distill.engine.train import train
 from distill.errors import IncompatibleError
 from distill.models.quick import halve
 from distill.recipe import Model, Recipe
 from distill.teacher import Live
+from distill.types import Outputs
 from tests.engine.conftest import STUDENT, TEACHER
 from tests.engine.processes import context, free_port, largest_difference
+from tests.promises import Measured
 
 # Without dropout, whose masks follow the process; LayerNorm has no statistics of the batch.
 PLAIN = STUDENT.replace("drop: 0.1", "drop: 0.0").replace("depth: 1", "depth: 2")
@@ -46,7 +51,16 @@ ROOT = Path(__file__).parents[2]
 Run = tuple[Path, Path, dict[str, Any]]  # recipe, run directory, options
 
 
-def _work(rank: int, world: int, port: int, runs: Sequence[Run]) -> None:
+def work(rank: int, world: int, port: int, runs: Sequence[Run]) -> None:
+    join(rank, world, port)
+    for recipe, out, options in runs:
+        train(Recipe.load(recipe), out, workers=0, **options)
+    if any(options.get("shard_weights") for _, _, options in runs):
+        holds_parts(Recipe.load(runs[0][0]), runs[0][1])
+
+
+def join(rank: int, world: int, port: int) -> None:
+    """Be one of several processes."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -57,9 +71,6 @@ def _work(rank: int, world: int, port: int, runs: Sequence[Run]) -> None:
         "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
-    for recipe, out, options in runs:
-        train(Recipe.load(recipe), out, workers=0, **options)
-    holds_parts(Recipe.load(runs[0][0]), runs[0][1])
 
 
 def holds_parts(recipe: Recipe, out: Path) -> None:
@@ -90,9 +101,15 @@ def holds_parts(recipe: Recipe, out: Path) -> None:
 
 def together(world: int, runs: Sequence[Run]) -> None:
     """Train one recipe after the other, in so many processes of one group."""
+    in_group(world, work, runs)
+
+
+def in_group(world: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Call it in so many processes of one group, with their rank, the world and a port first."""
     port = free_port()
     processes = [
-        context.Process(target=_work, args=(rank, world, port, runs)) for rank in range(world)
+        context.Process(target=target, args=(rank, world, port, *arguments))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -145,6 +162,101 @@ def test_models_in_parts_are_trained_as_one_and_go_on_as_one(
     # BatchNorm follows the process, with all weights or a part of them alike.
     same = (tmp_path / name / "student.safetensors" for name in ("norms-whole", "norms-in-parts"))
     assert largest_difference(*same) <= 1e-5
+
+
+STEPS = PLAIN.replace("epochs: 4, batch_size: 20", "epochs: 12, batch_size: 24")
+
+
+@pytest.mark.promise("R7")
+@pytest.mark.parametrize("worlds", [(2,), pytest.param((2, 3, 4), marks=pytest.mark.soak)])
+def test_several_processes_train_the_same_model_as_one(
+    recipes: Callable[..., Path], tmp_path: Path, worlds: tuple[int, ...], measured: Measured
+) -> None:
+    """LayerNorm, AdamW, 48 steps; and the same group twice ends bit for bit alike."""
+    recipe = recipes(student=STEPS)
+    (tmp_path / "teacher.yaml").write_text(TEACHER.replace("batch_size: 30", "batch_size: 24"))
+    train(Recipe.load(tmp_path / "teacher.yaml"), tmp_path / "teacher")
+    one = tmp_path / "one"
+    assert train(Recipe.load(recipe), one, workers=0).steps == 48
+    files = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
+    differences = []
+    for world in worlds:
+        first, second = (tmp_path / f"{name}-{world}" for name in ("first", "second"))
+        together(world, [(recipe, first, {}), (recipe, second, {})])
+        student = "student.safetensors"
+        differences.append(largest_difference(first / student, one / student))
+        pairs = [(newest(first) / file, newest(second) / file) for file in files]
+        pairs.append((first / student, second / student))
+        assert [a.read_bytes() == b.read_bytes() for a, b in pairs] == [True] * 4
+    assert max(differences) <= 1e-5
+    named = ", ".join(map(str, worlds))
+    measured(
+        "largest difference of a weight to one process, 48 steps, LayerNorm and AdamW",
+        f"{max(differences):.1e} ({named} processes)",
+    )
+    measured("the same run in the same processes", f"4 of 4 files bit-identical ({named})")
+
+
+class Mean(nn.Module):
+    """Answers with a fixed map of the pixels, and has no weights to learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.register_buffer("map", torch.randn(3 * 8 * 8, 10, generator=draw))
+
+    def forward(self, images: Tensor) -> Outputs:
+        assert isinstance(self.map, Tensor)
+        return Outputs(images.flatten(1) @ self.map)
+
+
+CASES = [(n, size) for n in (*range(1, 20), 31, 32, 33) for size in (1, 2, 4, 5)]
+
+
+def evaluated(recipe: Recipe) -> list[tuple[list[list[float]], list[float]]]:
+    """Of every case: each image's answer, and the scores, through the product's evaluator."""
+    here, whole = machine.setup(workers=0), datasets.load(recipe.data)
+    assert whole.test.pixels is not None
+    found = []
+    for n, size in CASES:
+        test = Source(whole.test.labels[:n], whole.test.pixels[:n], None)
+        dataset = dataclasses.replace(whole, test=test)
+        here = here._replace(device_batch_size=size)
+        told = answers(Mean(), "test", recipe, dataset, here)
+        found.append(([column.tolist() for column in told], list(evaluate.scores(told))))
+    return found
+
+
+def evaluate_together(rank: int, world: int, port: int, recipe: Path, folder: Path) -> None:
+    join(rank, world, port)
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(evaluated(Recipe.load(recipe))))
+
+
+@pytest.mark.promise("R8")
+@pytest.mark.parametrize("worlds", [(3,), pytest.param((2, 3, 4), marks=pytest.mark.soak)])
+def test_evaluation_counts_each_image_once(
+    recipes: Callable[..., Path], tmp_path: Path, worlds: tuple[int, ...], measured: Measured
+) -> None:
+    """All processes have all answers, and the scores of one process to the last bit."""
+    recipe = recipes()
+    alone, exact, apart = evaluated(Recipe.load(recipe)), 0, 0.0
+    for (n, _), (columns, _) in zip(CASES, alone, strict=True):
+        assert columns[0] == list(range(n))
+    for world in worlds:
+        in_group(world, evaluate_together, recipe, tmp_path)
+        for rank in range(world):
+            found = json.loads((tmp_path / f"{world}-{rank}.json").read_text())
+            for (columns, scores), (expected, known) in zip(found, alone, strict=True):
+                assert columns[0] == expected[0]
+                exact += columns == expected and rank == 0
+                apart = max(apart, *(abs(a - b) for a, b in zip(scores, known, strict=True)))
+    total = len(CASES) * len(worlds)
+    assert exact == total
+    assert apart <= 1e-12
+    measured(
+        "images x batch size x processes, each image's answer and the scores",
+        f"{exact} of {total} cases exact, scores {apart:.0e} apart",
+    )
 
 
 def test_the_tables_of_the_document_are_those_of_the_model() -> None:

@@ -22,6 +22,7 @@ from distill.recipe import Recipe
 from tests.engine.conftest import STUDENT, TEACHER
 from tests.engine.processes import largest_difference
 from tests.engine.scheduler import ROOT, Scheduler
+from tests.promises import Measured
 
 PLAIN = STUDENT.replace("drop: 0.1", "drop: 0.0").replace("epochs: 4", "epochs: 12")
 PLAIN = PLAIN.replace("batch_size: 20", "batch_size: 24")
@@ -243,8 +244,9 @@ def test_a_task_has_the_cores_that_it_was_given(
     assert machine.own_cores() == 8
 
 
+@pytest.mark.promise("R9")
 def test_training_on_two_nodes_is_cut_requeued_and_the_same_as_alone(
-    recipes: Callable[..., Path], tmp_path: Path
+    recipes: Callable[..., Path], tmp_path: Path, measured: Measured
 ) -> None:
     recipe = recipes(student=PLAIN)
     (tmp_path / "teacher.yaml").write_text(TEACHER.replace("batch_size: 30", "batch_size: 28"))
@@ -266,6 +268,10 @@ def test_training_on_two_nodes_is_cut_requeued_and_the_same_as_alone(
     assert largest_difference(*students) <= 1e-5
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(4, 49, 4))
+    measured(
+        "SLURM's script on two nodes of two tasks (a scheduler of the tests), SIGUSR1",
+        "saved, requeued, weights of one process to 1e-5",
+    )
 
 
 def test_arrays_make_a_cache_and_a_sweep(recipes: Callable[..., Path], tmp_path: Path) -> None:

@@ -47,14 +47,20 @@ def test_a_student_is_made_for_the_data(student: Build) -> None:
     assert network(torch.rand(2, 3, 28, 28)).logits.shape == (2, 2)
 
 
-def test_a_user_s_own_model_is_built_and_comes_back(student: Build, tmp_path: Path) -> None:
+def test_a_user_s_own_model_is_built_and_comes_back(
+    student: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = student(TIED)
     file = tmp_path / "student.safetensors"
     file.write_bytes(weights.to_bytes(network))
+    assert torch.equal(answers(weights.load(tmp_path, vouched=[TIED])), answers(network))
+    for place in (tmp_path, file):
+        with pytest.raises(RecipeError, match="code outside distill") as caught:
+            weights.load(place)
+        assert f"model: {TIED}" in caught.value.hint
+        assert f"DISTILL_CODE={TIED}" in caught.value.hint
+    monkeypatch.setenv("DISTILL_CODE", f"other:part,{TIED}")
     assert torch.equal(answers(weights.load(tmp_path)), answers(network))
-    with pytest.raises(RecipeError, match="code outside distill") as caught:
-        weights.load(file)
-    assert f"model: {TIED}" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import random
+import shlex
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,17 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from distill.errors import DamagedError, IncompatibleError, PreflightError, RecipeError
+from distill.errors import (
+    DamagedError,
+    IdentityError,
+    IncompatibleError,
+    PreflightError,
+    RecipeError,
+)
 from distill.models import weights
 from distill.models.network import Network
 from tests.models.conftest import CLASSES
+from tests.promises import Measured
 
 Build = Callable[..., Network]
 VIT: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "position": "conv"}
@@ -31,6 +43,7 @@ def reworded(path: Path, **changes: Any) -> None:
     """The file at `path` with other words in its description."""
     with safe_open(path, framework="pt") as file:
         data = json.loads(file.metadata()["distill"])
+    del data["sha256"]  # as a file of an earlier version
     words = {"distill": json.dumps(data | changes)}
     path.write_bytes(safetensors.torch.save(safetensors.torch.load_file(path), words))
 
@@ -58,7 +71,9 @@ def test_the_file_holds_plain_names_and_every_default(student: Build, saved: Pat
     with safe_open(saved, framework="pt") as file:
         names, metadata = set(file.keys()), file.metadata()
     assert names == set(student().backbone.state_dict())
-    assert json.loads(metadata["distill"]) == {
+    words = json.loads(metadata["distill"])
+    assert len(words.pop("sha256")) == 64
+    assert words == {
         "format": 1,
         "model": "resnet8",
         "arguments": {},
@@ -93,7 +108,8 @@ def test_channels_last_and_shared_tensors_are_saved_whole(student: Build, tmp_pa
     path = tmp_path / "student.safetensors"
     path.write_bytes(weights.to_bytes(tied))
     images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(weights.load(tmp_path)(images).logits, tied(images).logits)
+    loaded = weights.load(tmp_path, vouched=["tests.models.conftest:tied"])
+    assert torch.equal(loaded(images).logits, tied(images).logits)
 
 
 def test_a_run_directory_is_its_student(saved: Path) -> None:
@@ -128,12 +144,15 @@ def test_another_file_by_that_name_is_damaged(saved: Path, content: bytes) -> No
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "ckpt"])
-def test_a_pickle_is_not_opened_and_the_hint_converts_it(tmp_path: Path, suffix: str) -> None:
+def test_a_pickle_is_not_opened_and_the_hint_converts_it(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / f"net.{suffix}"
     torch.save({"weight": torch.ones(2)}, path)
     with pytest.raises(RecipeError, match=r"only \.safetensors files are") as caught:
         weights.load(path)
-    code = caught.value.hint.partition('python -c "')[2].rstrip('"')
+    _, _, code, *names = shlex.split(caught.value.hint.partition(": ")[2])
+    monkeypatch.setattr(sys, "argv", ["-c", *names])
     exec(code)  # the hint's own words
     converted = safetensors.torch.load_file(tmp_path / "net.safetensors")
     assert torch.equal(converted["weight"], torch.ones(2))
@@ -142,8 +161,8 @@ def test_a_pickle_is_not_opened_and_the_hint_converts_it(tmp_path: Path, suffix:
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        ({"format": 2}, IncompatibleError, "written in format 2, this version knows format 1"),
-        ({"format": 2, "new": 1}, IncompatibleError, "written in format 2"),
+        ({"format": 2}, IdentityError, r"written by a newer version \(format 2, known is 1\)"),
+        ({"format": 2, "new": 1}, IdentityError, "written by a newer version"),
         ({"mean": [0.5]}, DamagedError, "description .* is damaged"),
         ({"other": 1}, DamagedError, "description .* is damaged"),
         ({"model": "resnet9"}, RecipeError, "unknown model 'resnet9'"),
@@ -210,3 +229,92 @@ def test_the_fingerprint_tells_all_that_decides_the_outputs(student: Build) -> N
     prints.append(weights.fingerprint(network))
     assert len(set(prints)) == len(prints) == 6
     assert all(len(text) == 64 and int(text, 16) for text in prints)
+
+
+class Flips:
+    """A file of weights, of which single bytes are flipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.whole = path, path.read_bytes()
+        self.header = 8 + int.from_bytes(self.whole[:8], "little")
+        self.expected = weights.load(path).description
+
+    def found(self, at: int, flip: int) -> None:
+        """That no reader takes the file for whole, not even one that needs no description."""
+        flipped = bytearray(self.whole)
+        flipped[at] ^= flip
+        self.path.write_bytes(flipped)
+        for expected in (None, self.expected):
+            with pytest.raises((DamagedError, IdentityError, IncompatibleError, RecipeError)):
+                weights.load(self.path, expected=expected)
+
+
+@pytest.mark.promise("R4")
+@pytest.mark.parametrize(
+    "flips", [300, pytest.param(6_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+)
+def test_a_flipped_byte_of_a_file_of_weights_is_found(
+    student: Build, saved: Path, flips: int, measured: Measured
+) -> None:
+    file, draw = Flips(saved), random.Random(flips)
+    beginning = range(file.header) if flips > file.header else range(0, file.header, 11)
+    places = [*beginning, *(draw.randrange(len(file.whole)) for _ in range(flips))]
+    for at in places:
+        file.found(at, draw.randrange(1, 256))
+    for at, byte in enumerate(file.whole[: file.header]):
+        for blank in b" \t\n\r":  # which JSON does not tell apart
+            if byte in b" \t\n\r" and blank != byte:
+                file.found(at, byte ^ blank)
+    count = len(places)
+    measured("one flipped byte of student.safetensors", f"{count:,} of {count:,} found")
+
+
+def test_the_checksum_is_of_the_whole_file_with_zeros_in_its_place(saved: Path) -> None:
+    data = saved.read_bytes()
+    with safe_open(saved, framework="pt") as file:
+        stated = json.loads(file.metadata()["distill"])["sha256"]
+    assert data.count(stated.encode()) == 1
+    assert hashlib.sha256(data.replace(stated.encode(), b"0" * 64)).hexdigest() == stated
+
+
+def test_names_that_look_like_a_checksum_are_names(student: Build, tmp_path: Path) -> None:
+    names = ("0" * 64, '"sha256":"' + "0" * 64 + '","format":', "bee", "\u00e9")
+    network = student(classes=names)
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(weights.to_bytes(network))
+    assert weights.load(path).classes == names
+
+
+def test_the_same_network_gives_the_same_bytes_in_every_process(
+    student: Build, saved: Path
+) -> None:
+    """Metadata under several keys would come in any order."""
+    content = saved.read_bytes()
+    assert all(weights.to_bytes(weights.load(saved)) == content for _ in range(20))
+
+
+def test_a_file_without_a_checksum_is_read(saved: Path) -> None:
+    expected = weights.fingerprint(weights.load(saved))
+    reworded(saved)
+    assert weights.fingerprint(weights.load(saved)) == expected
+
+
+def test_a_checksum_that_is_none_is_damage(saved: Path) -> None:
+    reworded(saved, sha256="of old")
+    with pytest.raises(DamagedError, match=r"description .* is damaged"):
+        weights.load(saved)
+
+
+@pytest.mark.soak
+@pytest.mark.promise("R4")
+def test_what_the_checksum_costs(tmp_path: Path, measured: Measured) -> None:
+    path = tmp_path / "net.safetensors"
+    words = json.dumps({"sha256": "0" * 64, "format": 1}, separators=(",", ":"))
+    data = safetensors.torch.save({"w": torch.rand(25_000_000)}, {"distill": words})
+    path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert weights._is_sealed(path)
+        times.append(time.perf_counter() - began)
+    measured("the checksum of 100 MB of weights", f"{1000 * min(times):.0f} ms when they are read")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill import jsonio
 from distill.export.formats import safetensors
 from distill.export.program import Logits, Precision, Student, Takes
 
@@ -60,7 +61,7 @@ def write(student: Student, path: Path, precision: Precision) -> None:
         model_args=arguments,
         safe_serialization=True,
     )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = jsonio.load(path.read_text(encoding="utf-8"))
     for key in _OF_OTHERS:
         config["pretrained_cfg"].pop(key, None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
