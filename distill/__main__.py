@@ -18,6 +18,7 @@ def main() -> None:
 # `python -m` looks for every module in the working directory first, and that may be a folder of
 # data that anybody made.
 if __name__ == "__main__":
-    if sys.path[0] == str(Path.cwd()) != str(Path(__file__).parents[1]):
+    put = not sys.flags.safe_path  # else what stands first is the user's own PYTHONPATH
+    if put and sys.path[0] == str(Path.cwd()) != str(Path(__file__).parents[1]):
         del sys.path[0]
     main()

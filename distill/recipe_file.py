@@ -99,9 +99,12 @@ def _inline(
     places: Places,
     path: Path,
     parents: tuple[Path, ...],
-    inlined: list[Path],
+    inlined: list[int],
 ) -> None:
-    """Put the recipes that teachers name, relative to `path`, in the place of their names."""
+    """Put the recipes that teachers name, relative to `path`, in the place of their names.
+
+    `inlined` has how many values there are in each of those that were read so far.
+    """
     teachers = data.get("teachers")
     for i, spec in enumerate(teachers if isinstance(teachers, list) else ()):
         if isinstance(spec, dict) and isinstance(spec.get("recipe"), str):
@@ -112,12 +115,13 @@ def _inline(
                 again = Path(os.path.realpath(other)) in chain
             except (OSError, ValueError) as error:  # \0 in it, or a name that is too long
                 raise RecipeError(line(place, f"no name of a file: {error}", places)) from None
-            inlined.append(other)
             if again:
                 raise RecipeError(line(place, "names itself", places))
-            if len(inlined) > MOST_RECIPES:
-                raise RecipeError(line(place, f"more than {MOST_RECIPES} recipes", places))
+            if len(inlined) == MOST_RECIPES or sum(inlined) > yamlio.MAX_NODES:
+                what = f"more than {MOST_RECIPES} recipes, or {yamlio.MAX_NODES:,} values in them"
+                raise RecipeError(line(place, what, places))
             spec["recipe"], inner = _parse(other)
+            inlined.append(len(inner))
             _inline(spec["recipe"], inner, other, chain, inlined)
             spec.setdefault("name", other.stem)
             places |= {(*place, *below): source for below, source in inner.items()}

@@ -77,7 +77,7 @@ COMMANDS = {
         some=8,
         many=80,
     ),
-    "pack": Command("pack ../given/photos.yaml --out packed --shard-bytes 9000"),
+    "pack": Command("pack ../given/photos.yaml --out packed --shard-bytes 20000", many=150),
 }
 
 

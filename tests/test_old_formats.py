@@ -326,7 +326,7 @@ def newer_trial() -> tuple[str, ...]:
 
 
 def change(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=1))
 
 
 NEWER = {

@@ -89,9 +89,10 @@ class Training:
             rows = self.total // self._row_steps + recipe.train.epochs
             self.room = checkpoint.room(run.checkpoints, size, rows)
             storage.require_room(run.path, self.room, files=checkpoint.FILES)
-            storage.write(run.recipe, recipe.to_yaml().encode())
             self._place = run.place()
         self.step, self.seconds, self.waited, self.warnings = self._resume()
+        if here.main:  # only now, when nothing of another run stands there
+            storage.write(run.recipe, recipe.to_yaml().encode())
 
     @property
     def counter(self) -> Counter:

@@ -48,7 +48,8 @@ def writing(path: Path, size: int = 0) -> Generator[BinaryIO]:
 
     Args:
         path: The file.
-        size: Bytes that it will have, as far as is known; it takes as much room from the start.
+        size: Bytes that it will have, as far as is known: a file that may not be as large is
+            refused before the first of them.
 
     Raises:
         PreflightError: If the disk is full, or the folder cannot be written.
@@ -229,9 +230,13 @@ def require_writable(path: Path) -> None:
         PreflightError: If it is a folder, or the folder that it lies in cannot be made or written.
     """
     make_folder(path.parent)
-    number = errno.EISDIR if path.is_dir() else errno.EACCES
-    if number == errno.EISDIR or not os.access(path.parent, os.W_OK):
-        refuse(path, OSError(number, os.strerror(number)))
+    for number, stands in (
+        (errno.ENOTDIR, not path.parent.is_dir()),
+        (errno.EISDIR, path.is_dir()),
+        (errno.EACCES, not os.access(path.parent, os.W_OK)),
+    ):
+        if stands:
+            refuse(path, OSError(number, os.strerror(number)))
 
 
 def publish(aside: Path, folder: Path, *, first: str = "", stale: Collection[str] = ()) -> None:

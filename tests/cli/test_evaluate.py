@@ -167,9 +167,14 @@ def test_what_is_no_finished_run(
 
 
 def test_predictions_that_cannot_be_written(distill: Callable[..., Result], runs: Path) -> None:
-    result = distill("evaluate", runs / "kd", "--predictions", "no/such/a.csv")
-    assert result.exit_code == 6
-    assert "no/such/a.csv: cannot be written" in result.stderr
+    """Which is said before anything is evaluated."""
+    (runs / "file").write_text("mine")
+    for place in (runs / "file" / "a.csv", runs / "kd"):
+        result = distill("evaluate", runs / "kd", "--predictions", place)
+        assert result.exit_code == 6
+        assert "cannot be written" in result.stderr
+        assert "accuracy" not in result.stderr
+    (runs / "file").unlink()
 
 
 def test_as_a_user_runs_it(runs: Path) -> None:

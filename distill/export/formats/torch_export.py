@@ -6,6 +6,7 @@ to `import torch.ao.quantization.fx._decomposed` first, which makes the operator
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -63,7 +64,9 @@ def write(student: Student, path: Path, precision: Precision) -> None:
     """
     exported = _quantised(student) if precision == "int8" else program.whole(student)
     names = {"classes.json": json.dumps(student.classes)}
-    torch.export.save(exported, path, extra_files=names)
+    stream = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(exported, stream, extra_files=names)
+    path.write_bytes(stream.getvalue())
 
 
 def answers(student: Student, path: Path, batches: Sequence[np.ndarray]) -> list[Logits]:
