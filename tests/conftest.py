@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # readline, which pytest loads, leaves the width of a terminal to child processes, workers of xdist
 # among them, and tables would be cut to it.
 os.environ["COLUMNS"] = ""
+
+# A shell lets what runs in its background ignore Ctrl-C, nohup a closed terminal; both are handed
+# down to every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(optionalhook=True)

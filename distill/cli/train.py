@@ -88,7 +88,7 @@ def train(
             return
         report.write(Path(result.run))
     if as_json:
-        print_json(result.to_json())
+        print_json(result.document())
     else:
         _show(result)
 

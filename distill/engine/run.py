@@ -47,6 +47,10 @@ class Result(NamedTuple):
         """The result as plain data; keys that do not apply to the run are left out."""
         return {key: value for key, value in self._asdict().items() if value is not None}
 
+    def document(self) -> dict[str, Any]:
+        """What result.json holds, and `--json` prints."""
+        return {"format": FORMAT, **self.to_json()}
+
 
 class Counter(NamedTuple):
     """How far a run is."""
@@ -92,8 +96,7 @@ class Run:
     def finish(self, result: Result) -> None:
         """Write the result, the mark of a complete run."""
         storage.sync(self.metrics)  # whose rows were appended
-        found = {"format": FORMAT, **result.to_json()}
-        storage.write(self.result, (json.dumps(found, indent=1) + "\n").encode())
+        storage.write(self.result, (json.dumps(result.document(), indent=1) + "\n").encode())
 
     def place(self) -> tuple[int, int] | None:
         """What the directory is to its disk, whatever its name; None where it is not there."""

@@ -92,7 +92,7 @@ def test_a_newer_format_is_named_whatever_else_it_holds(model: BaseModel, read: 
     with pytest.raises(IdentityError, match=r"newer version \(format 2, known is 1\)") as caught:
         read(newer, "here")
     assert caught.value.exit_status == 4
-    assert caught.value.hint == "update distill"
+    assert caught.value.hint == "update distill: pip install --upgrade distill-kd"
 
 
 @pytest.mark.parametrize(
