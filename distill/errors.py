@@ -18,9 +18,6 @@ from __future__ import annotations
 import signal
 from typing import ClassVar
 
-# Ctrl-C, a scheduler's two, and a terminal that was closed.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
 
 class DistillError(Exception):
     """An error with a cause the user can mend.

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -15,7 +14,8 @@ from typing import Any
 import typer
 
 from distill import console
-from distill.errors import STOP_SIGNALS, DistillError, Stopped
+from distill.errors import DistillError, Stopped
+from distill.signals import heard_by
 
 
 class _Interrupt(KeyboardInterrupt):
@@ -35,7 +35,7 @@ def reporting(
         left: What a signal leaves behind that comes where no step is in work.
     """
     try:
-        with _interruptible():
+        with heard_by(_interrupt):
             yield
     except DistillError as error:
         if os.environ.get("DISTILL_DEBUG"):
@@ -51,30 +51,27 @@ def reporting(
         )
         raise typer.Exit(1) from None
     except KeyboardInterrupt as interrupt:
+        if stopped := _stopped_before(interrupt):
+            _fail(str(stopped), stopped.hint)
+            raise typer.Exit(stopped.exit_status) from None
         signum = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
         console.say(f"stopped by {signum.name}; {left}")
         raise typer.Exit(Stopped("", signum=signum).exit_status) from None
 
 
-@contextmanager
-def _interruptible() -> Generator[None]:
+def _interrupt(signum: int, frame: FrameType | None) -> None:
     """Let every signal that asks for an end do what Ctrl-C does: what is half made is removed."""
+    if signum != signal.SIGINT:
+        signal.signal(signum, signal.SIG_IGN)  # once is enough: what follows is in a hurry
+    raise _Interrupt(signum)
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        if signum != signal.SIGINT:
-            signal.signal(signum, signal.SIG_IGN)  # once is enough: what follows is in a hurry
-        raise _Interrupt(signum)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
-    before = {signum: signal.signal(signum, interrupt) for signum in heard}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _stopped_before(interrupt: BaseException) -> Stopped | None:
+    """The end that was on its way already, for another signal, when this one came."""
+    error = interrupt.__context__
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
 
 
 def _fail(what: str, hint: str) -> None:

@@ -25,7 +25,8 @@ from distill.data import encoded, images
 from distill.data.augment import Stage
 from distill.data.augment.resized_crop import ResizedCrop, scaled
 from distill.data.encoded import Encoded
-from distill.errors import STOP_SIGNALS, DistillError, PreflightError
+from distill.errors import DistillError, PreflightError
+from distill.signals import STOP_SIGNALS
 
 A = TypeVar("A")
 T = TypeVar("T")

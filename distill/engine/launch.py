@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from distill.data.workers import end_with
 from distill.engine import slurm
-from distill.errors import STOP_SIGNALS, PreflightError
+from distill.errors import PreflightError
+from distill.signals import heard_by
 
 _SHARD = "DISTILL_SHARD"  # variable that tells a process its part
 _PARENT = "DISTILL_PARENT"  # and one that tells it which process waits for it
@@ -203,9 +204,7 @@ def _watched(
         for worker in workers:
             worker.send_signal(signum)
 
-    heard = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
-    before = {signum: signal.signal(signum, pass_on) for signum in heard}
-    try:
+    with heard_by(pass_on):
         for own in environments:
             worker = subprocess.Popen(
                 [sys.executable, "-m", "distill", *arguments],
@@ -216,9 +215,6 @@ def _watched(
             for signum in got:  # it came while they were started
                 worker.send_signal(signum)
         return _wait(workers, together=together)
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], *, together: bool) -> int:

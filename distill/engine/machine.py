@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import signal
-import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -22,7 +21,8 @@ from accelerate import Accelerator
 from distill import console
 from distill.data.workers import cores
 from distill.engine import launch, memory
-from distill.errors import STOP_SIGNALS, IncompatibleError, PreflightError
+from distill.errors import IncompatibleError, PreflightError
+from distill.signals import heard_by
 
 # Images that a network answers at once. On a CPU larger ones fall out of its caches: 224 px run
 # 1.7 times slower in batches of 128.
@@ -282,8 +282,7 @@ class StopRequest:
 def stop_request() -> Generator[StopRequest]:
     """Turn signals into a request to stop after the step in work.
 
-    A second Ctrl-C interrupts at once; the last checkpoint stays whole. What is ignored already
-    stays so: SIGHUP under nohup, Ctrl-C in what a script runs beside itself.
+    A second Ctrl-C interrupts at once; the last checkpoint stays whole.
     """
     request = StopRequest()
 
@@ -294,16 +293,8 @@ def stop_request() -> Generator[StopRequest]:
             with suppress(RuntimeError):  # it came in the middle of another line
                 console.say("stopping after this step; Ctrl-C again stops at once")
 
-    if threading.current_thread() is not threading.main_thread():
+    with heard_by(remember):
         yield request
-        return
-    heard = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
-    before = {signum: signal.signal(signum, remember) for signum in heard}
-    try:
-        yield request
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def processor() -> str:

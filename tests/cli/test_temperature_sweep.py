@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,15 +91,13 @@ def test_a_signal_saves_every_student_and_the_sweep_goes_on(
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert running.stderr is not None
-    for line in running.stderr:
-        if "students side by side" in line:
-            break
-    running.send_signal(signum)
-    said = running.stderr.read()
-    running.stderr.close()
-    assert running.wait() == status, said
     trials = tmp_path / "runs" / "student-sweep" / "trials"
+    while not any(file.stat().st_size for file in trials.glob("*/metrics.jsonl")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signum)
+    said = running.communicate()[1]
+    assert running.returncode == status, said
     steps = {path.name for path in trials.glob("*/checkpoint/step-*")}
     assert len(steps) == 1  # all were saved after the same step
     assert len(list(trials.glob("*/checkpoint/step-*"))) == 2
