@@ -62,15 +62,17 @@ def decode(source: Path | bytes, *, max_pixels: int, name: str = "") -> Image.Im
         BadImageError: If it is no image, cut short, damaged, too large, or has no known range.
         PreflightError: If the file cannot be read.
     """
-    with _opened(source, max_pixels, name) as image:
-        return _whole(image, source)
+    data = stored(source)
+    with _opened(data or source, max_pixels, _called(source, name)) as image:
+        return _whole(image, data)
 
 
 def inspect(source: Path | bytes, *, max_pixels: int, name: str) -> tuple[About, Image.Image]:
     """What an image is stored as, and what `decode` gives; raises as that does."""
-    with _opened(source, max_pixels, name) as image:
+    data = stored(source)
+    with _opened(data or source, max_pixels, _called(source, name)) as image:
         width, height, mode = *image.size, image.mode
-        pixels = _whole(image, source)
+        pixels = _whole(image, data)
         animated = bool(getattr(image, "is_animated", False))
         return About(width, height, str(image.format), mode, animated), pixels
 
@@ -100,8 +102,8 @@ def part(
         found = jpeg.pixels(header, choose(header.width, header.height))
         if found is not None:
             return found
-    called = name if isinstance(source, bytes) else name or str(source)
-    return cropped(decode(data or source, max_pixels=max_pixels, name=called), choose)
+    whole = decode(data or source, max_pixels=max_pixels, name=_called(source, name))
+    return cropped(whole, choose)
 
 
 def stored(source: Path | bytes) -> bytes:
@@ -151,7 +153,7 @@ def evaluation_view(
 @contextmanager
 def _opened(source: Path | bytes, max_pixels: int, name: str) -> Iterator[Image.Image]:
     """An image whose header was read; every way in which Pillow can fail becomes one error."""
-    path = name if isinstance(source, bytes) else str(source)
+    path = _called(source, name)
     try:
         if isinstance(source, Path) and not source.is_file():  # a pipe would wait for a writer
             raise BadImageError(f"{path}: not a file")
@@ -190,9 +192,14 @@ def _is_too_long(source: Path | bytes) -> bool:
     return length > MOST_BYTES
 
 
-def _whole(image: Image.Image, source: Path | bytes) -> Image.Image:
-    """An opened image, decoded, upright and RGB."""
-    if image.format in ("JPEG", "MPO") and jpeg.has_many_scans(stored(source)):
+def _called(source: Path | bytes, name: str) -> str:
+    """What errors call the file."""
+    return name if isinstance(source, bytes) else str(source)
+
+
+def _whole(image: Image.Image, data: bytes) -> Image.Image:
+    """An opened image, decoded, upright and RGB; `data` is its file."""
+    if image.format in ("JPEG", "MPO") and jpeg.has_many_scans(data):
         raise ValueError("a JPEG of so many scans would take minutes to decode")
     image.load()
     with suppress(Exception):  # the pixels are sound; EXIF that cannot be read turns nothing
