@@ -1,8 +1,13 @@
 """The `distill` command; and as `python -m distill`, for launchers that start modules."""
 
+import os
 import signal
 import sys
 from pathlib import Path
+
+# The working directory may be a folder of data that anybody made: no module is looked for there,
+# unless it is the source itself.
+APART = Path.cwd() != Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -10,15 +15,15 @@ def main() -> None:
     # Until it begins there is nothing to lose, and Ctrl-C has no traceback to show.
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if APART:
+        os.environ.setdefault("PYTHONSAFEPATH", "1")  # in the processes that are started either
     from distill.cli import app
 
     app(prog_name="distill")
 
 
-# `python -m` looks for every module in the working directory first, and that may be a folder of
-# data that anybody made.
 if __name__ == "__main__":
-    put = not sys.flags.safe_path  # else what stands first is the user's own PYTHONPATH
-    if put and sys.path[0] == str(Path.cwd()) != str(Path(__file__).parents[1]):
+    # With `python -m` it stands first, but with PYTHONSAFEPATH the user's own PYTHONPATH does.
+    if APART and not sys.flags.safe_path and sys.path[0] == str(Path.cwd()):
         del sys.path[0]
     main()
