@@ -34,8 +34,26 @@ def reporting(
     Args:
         left: What a signal leaves behind that comes where no step is in work.
     """
+
+    def hear(signum: int, frame: FrameType | None) -> None:
+        """Let every signal that asks for an end do what Ctrl-C does: what is half made is removed.
+
+        But for one that comes within an import: libraries catch what is raised there, go on, and
+        break later on what they lack, or are deaf to the end. Nothing is in work then, or what a
+        kill may cut off too.
+        """
+        if _is_importing(frame):
+            say(signum)
+            os._exit(Stopped("", signum=signum).exit_status)
+        if signum != signal.SIGINT:
+            signal.signal(signum, _ignore)  # once is enough: what follows is in a hurry
+        raise _Interrupt(signum)
+
+    def say(signum: int) -> None:
+        console.say(f"stopped by {signal.Signals(signum).name}; {left}")
+
     try:
-        with heard_by(_interrupt):
+        with heard_by(hear):
             yield
     except DistillError as error:
         if os.environ.get("DISTILL_DEBUG"):
@@ -54,16 +72,21 @@ def reporting(
         if stopped := _stopped_before(interrupt):
             _fail(str(stopped), stopped.hint)
             raise typer.Exit(stopped.exit_status) from None
-        signum = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
-        console.say(f"stopped by {signum.name}; {left}")
+        signum = interrupt.args[0] if interrupt.args else signal.SIGINT
+        say(signum)
         raise typer.Exit(Stopped("", signum=signum).exit_status) from None
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Let every signal that asks for an end do what Ctrl-C does: what is half made is removed."""
-    if signum != signal.SIGINT:
-        signal.signal(signum, signal.SIG_IGN)  # once is enough: what follows is in a hurry
-    raise _Interrupt(signum)
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    """Unlike SIG_IGN it is replaced by whoever wants to hear the next one."""
 
 
 def _stopped_before(interrupt: BaseException) -> Stopped | None:

@@ -26,6 +26,10 @@ VERSION = 1
 # What a file may hold, whatever its name. Pillow knows more, one of which (EPS) starts a program.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", TiffImageFile.format, WebPImageFile.format)
 
+_ADVICE = (
+    "mend or remove it; `distill check RECIPE --data --manifest FILE` finds all such files, and "
+    "with `data.manifest: FILE` and `data.on_bad_image: skip` training goes without them"
+)
 MOST_BYTES = 2**30  # of a file; one with more is refused before it is read into memory
 
 # Pillow warns of odd EXIF without the file's name; a file is used or refused, whoever asks Python
@@ -35,6 +39,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 class BadImageError(PreflightError):
     """The file can be read, but it holds no image that can be used."""
+
+    def __init__(self, message: str, *, hint: str = _ADVICE) -> None:
+        super().__init__(message, hint=hint)
 
 
 class About(NamedTuple):

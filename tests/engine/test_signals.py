@@ -328,11 +328,12 @@ def test_a_signal_while_the_program_starts_is_no_traceback(
             text=True,
         )
         time.sleep(draw.uniform(0.1, 4.0))  # Python itself takes a few hundredths of a second
+        through = (place / "run" / "result.json").exists()
         process.send_signal(signum)
         _, said = process.communicate(timeout=60)
         assert "Traceback" not in said
-        if process.returncode == 0:  # it was through before
-            assert (place / "run" / "result.json").exists()
+        if process.returncode == 0:
+            assert through
             shutil.rmtree(place / "run")
             continue
         assert process.returncode in (STATUS[signum], -signum), said
@@ -464,3 +465,32 @@ def test_the_time_limit_of_a_cache_is_kept(
     assert found["complete"]
     assert found["units"] < len(list((place / "tc").rglob("u*.safetensors")))
     measured("teacher-cache --time-limit 1s", f"ended {seconds:.1f} s after its start, status 75")
+
+
+DEAF = """
+import os, signal
+for _ in range(2):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        pass  # as numpy does with what is raised while a part of it is imported
+"""
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_a_signal_that_a_library_swallows_is_heard(tmp_path: Path, imported: bool) -> None:
+    """In an import at once; elsewhere the next one is."""
+    (tmp_path / "deaf.py").write_text(DEAF)
+    begin = "from distill.cli._report import reporting"
+    body = "import deaf" if imported else f"exec({DEAF!r}); os.kill(os.getpid(), signal.SIGUSR1)"
+    code = f"import os, signal\n{begin}\nwith reporting():\n    {body}\n    print('deaf')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == ""
+    if imported:
+        assert done.returncode == 75
+        assert done.stderr.startswith("stopped by SIGTERM; ")
+    else:  # typer turns the exit of `reporting` into a status
+        assert "stopped by SIGUSR1; " in done.stderr
