@@ -61,20 +61,22 @@ COMMANDS = {
     "train": Command("train ../given/student.yaml --out run --checkpoint-seconds 0"),
     "train --baseline": Command(
         "train ../given/student.yaml --out run --checkpoint-seconds 0 --baseline",
-        some=8,
+        some=3,
         many=80,
     ),
     "teacher-cache": Command(
         "teacher-cache ../given/cached.yaml --out answers --views 2 --unit-rows 64"
     ),
-    "export": Command("export ../given/timm --out exported --format safetensors,timm --no-latency"),
+    "export": Command(
+        "export ../given/timm --out exported --format safetensors,timm --no-latency", some=4
+    ),
     "evaluate": Command(
         "evaluate ../given/teacher --out found --suite clean --predictions found.csv"
     ),
     "temperature-sweep": Command(
         "temperature-sweep ../given/student.yaml --temperatures 1,4 --out sweep "
         "--checkpoint-seconds 0",
-        some=8,
+        some=4,
         many=80,
     ),
     "pack": Command("pack ../given/photos.yaml --out packed --shard-bytes 20000", many=150),

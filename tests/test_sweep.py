@@ -273,7 +273,7 @@ def test_a_process_for_each_device_does_its_part(
 
 @pytest.mark.promise("R1")
 @pytest.mark.parametrize(
-    "kills", [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+    "kills", [10, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 )
 def test_kill_9_at_random_points_leaves_no_trace(
     folder: Path, tmp_path: Path, kills: int, measured: Measured

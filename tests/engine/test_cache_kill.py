@@ -61,7 +61,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.promise("R1")
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.soak)])
 @pytest.mark.timeout(3600)
 def test_killed_parallel_and_double_writers_change_nothing(
     recipe: Path, tmp_path: Path, kills: int, measured: Measured

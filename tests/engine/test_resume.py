@@ -39,7 +39,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 @pytest.mark.promise("R1")
 @pytest.mark.parametrize(
-    "kills", [20, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+    "kills", [10, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 )
 def test_kill_9_at_random_points_leaves_no_trace(
     reference: tuple[Path, dict[str, bytes]], tmp_path: Path, kills: int, measured: Measured

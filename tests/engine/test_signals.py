@@ -110,7 +110,7 @@ class Steps:
 
 @pytest.mark.promise("R9")
 @pytest.mark.parametrize(
-    "signals", [12, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+    "signals", [8, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 )
 def test_a_signal_at_a_random_time_saves_the_very_step(
     folder: Path, tmp_path: Path, signals: int, measured: Measured
