@@ -10,6 +10,8 @@ two more. The second writes lite0 as a teacher for recipes that are run beside t
     teachers:
       - {model: "benchmarks.efficientnet:lite0", weights: lite0.safetensors}
 
+The same tensors, in the same order, are `timm/tf_efficientnet_lite0`'s: tests/test_recipes.py.
+
 Its classes are named class_0000 … class_0999, in ImageNet's order. Before it writes, it shows what
 the network says of the photographs, 20 of which are ImageNet's own and have its class in the name.
 """

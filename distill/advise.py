@@ -19,12 +19,13 @@ from distill import component, storage, yamlio
 from distill.data import folder, images, splits
 from distill.data.folder import Entry
 from distill.errors import PreflightError, RecipeError
-from distill.recipe import OUTSIDE_MODELS, Data
+from distill.recipe import OUTSIDE_MODELS, Data, Model
 
 SIZES = (32, 48, 64, 96, 128, 160, 192, 224)  # pixels; networks shrink the side by 16 or 32
 PRETRAINED_FROM = 96  # pixels; below, what a network learned at 224 px is of little use
 TEST_PART = 0.2  # of the images of each class, where the folder has no split of its own
 VAL_PART = 0.1
+BIAS_UNTIL = 50_000  # training images; with fewer, a CNN's bias is worth having
 VAL_FROM = 20  # training images a class; with fewer, all are needed for training
 SAMPLE = 200  # images whose size is read
 EPOCHS = (10, 20, 30, 50, 100, 200, 300)
@@ -45,13 +46,22 @@ class Survey(NamedTuple):
     bad_test: list[str]
 
 
+class Network(NamedTuple):
+    """What decides how a network is trained."""
+
+    model: str
+    pretrained: bool  # it begins with published weights; else
+    plain: bool  # it normalises batches and attends to nothing, as CNNs do
+    convolves: bool  # in more than one layer: a single one makes patches
+
+
 class Settings(NamedTuple):
     """How to train one network."""
 
-    model: str
-    pretrained: bool
+    network: Network
     optimizer: dict[str, Any]
     why: str
+    few: bool  # images for a network that does not convolve
     epochs: int
     batch_size: int
 
@@ -115,8 +125,11 @@ def propose(
     teacher_file = out.with_name(f"{out.stem}-teacher{out.suffix}")
     split_file = None if found.own_split else out.with_name(f"{out.stem}-split.csv")
     num_train = round(len(found.train) * (1 - _val(found)))
-    first = _settings("--teacher", teacher or default[0], num_train)
-    second = _settings("--student", student or default[1], num_train)
+    networks = (
+        _network("--teacher", teacher or default[0], found.classes, size),
+        _network("--student", student or default[1], found.classes, size),
+    )
+    first, second = (_settings(network, num_train) for network in networks)
     data = _data(found, size, split_file)
     files = {
         out: _student_recipe(found, data, second, teacher_file.name),
@@ -191,32 +204,51 @@ def _val(found: Survey) -> float:
     return VAL_PART if len(found.train) >= VAL_FROM * len(found.classes) else 0.0
 
 
-def _settings(option: str, model: str, num_train: int) -> Settings:
-    """Optimizer and length that suit the model and the number of training images."""
-    pretrained = model.startswith(OUTSIDE_MODELS)
+def _network(option: str, model: str, classes: tuple[str, ...], size: int) -> Network:
+    """What the model is, whatever it is called: another than the usual is built and looked at."""
+    if model in LARGE or model in SMALL:
+        return Network(model, pretrained=model in LARGE, plain=True, convolves=True)
     known = component.find("models.zoo")
-    if not pretrained and ":" not in model and model not in known:
+    if not model.startswith(OUTSIDE_MODELS) and ":" not in model and model not in known:
         raise RecipeError(
             f"{option}: no model {model!r}" + component.suggestion(model, list(known))
         )
+    import torch
+
+    from distill.models import backbones, build_student
+    from distill.models.network import normalises_batches
+
+    if backbones.published(model):
+        return Network(model, pretrained=True, plain=False, convolves=False)
+    # Without values the largest takes seconds and no memory. A user's own code may want some.
+    spec = Model(model=model, weights=None)
+    with torch.device("cpu" if ":" in model else "meta"):
+        built = build_student(spec, classes=classes, image_size=size, mean=(0, 0, 0), std=(1, 1, 1))
+    plain = normalises_batches(built) and not built.anatomy().attention
+    return Network(model, pretrained=False, plain=plain, convolves=built.is_convolutional)
+
+
+def _settings(network: Network, num_train: int) -> Settings:
+    """Optimizer and length that suit the network and the number of training images."""
     batch_size = min(8, num_train)  # batch normalisation needs some
     while batch_size < 64 and batch_size * 16 <= num_train:
         batch_size *= 2
-    steps = 2_000 if pretrained else 10_000
+    steps = 2_000 if network.pretrained else 10_000
     enough = steps / max(1, num_train // batch_size)
     epochs = next((n for n in EPOCHS if n >= enough), EPOCHS[-1])
     optimizer = {"name": "adamw", "lr": 3e-4, "weight_decay": 0.05}
     why = "AdamW with a small rate: the weights are good already, and only move to the new classes."
-    if not pretrained and model.startswith("vit"):
+    if not network.pretrained and not network.plain:
         optimizer = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05}
-        why = "AdamW: transformers hardly learn with SGD."
-    elif not pretrained:
+        why = "AdamW, as networks with attention or without batch normalisation are trained."
+    elif not network.pretrained:
         lr = 0.05 * batch_size / 64
         optimizer = {"name": "sgd", "lr": lr, "weight_decay": 5e-4}
         why = (
             "SGD as distillation papers train small CNNs: 0.05 for 64 images a step, in proportion."
         )
-    return Settings(model, pretrained, optimizer, why, epochs, batch_size)
+    few = not network.pretrained and not network.convolves and num_train < BIAS_UNTIL
+    return Settings(network, optimizer, why, few, epochs, batch_size)
 
 
 def _student_recipe(found: Survey, data: str, settings: Settings, teacher_file: str) -> str:
@@ -235,7 +267,7 @@ def _student_recipe(found: Survey, data: str, settings: Settings, teacher_file: 
             data,
             _comment("Trained first, by its own recipe, if its run is not there yet."),
             _yaml({"teachers": [{"recipe": teacher_file}]}),
-            _network(settings),
+            _student(settings),
             _comment(
                 "Mostly the teacher's softened classes, a little the labels: the usual shares and",
                 "temperature of the distillation literature.",
@@ -259,7 +291,7 @@ def _teacher_recipe(data: str, settings: Settings, student_file: str) -> str:
             _comment(f"The teacher of {student_file}, trained from labels alone."),
             "",
             data,
-            _network(settings),
+            _student(settings),
             _comment(
                 "No label smoothing: it erases what a student can learn from the probabilities of",
                 "the wrong classes (arXiv:1906.02629).",
@@ -304,13 +336,20 @@ def _data(found: Survey, size: int, split_file: Path | None) -> str:
     return "\n".join(parts)
 
 
-def _network(settings: Settings) -> str:
-    section: dict[str, Any] = {"model": settings.model}
+def _student(settings: Settings) -> str:
+    network = settings.network
+    section: dict[str, Any] = {"model": network.model}
     why = "From scratch: the images are small, or there are no pretrained weights for it."
-    if settings.pretrained:
+    if network.pretrained:
         section["weights"] = "pretrained"
         why = "Begins with ImageNet's weights: a few thousand images alone teach it much less."
-    return _comment(why) + "\n" + _yaml({"student": section})
+    lines = [why]
+    if settings.few:
+        lines += [
+            "Few images for a network without a CNN's bias: from 899 digits a ViT learned to read",
+            "62.8 % of others, with stem: conv and position: conv 94.7 %, a CNN 99.6 %.",
+        ]
+    return _comment(*lines) + "\n" + _yaml({"student": section})
 
 
 def _training(settings: Settings) -> str:

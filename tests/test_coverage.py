@@ -242,3 +242,27 @@ def test_commands_between_the_tables_are_right() -> None:
     spans = [line for line in PAGE.splitlines() if line.startswith("distill ")]
     assert spans
     assert [fault for span in spans for fault in typed(span)] == []
+
+
+def test_what_the_page_of_conclusions_has_typed_is_right() -> None:
+    text = (DOCS / "conclusions.md").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith("distill ")]
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    keys = [span for row in rows for span in CODE.findall(row[2]) if ": " in span]
+    assert len(commands) == 2
+    assert len(keys) > 10
+    assert [fault for span in [*commands, *keys] for fault in typed(span)] == []
+
+
+def test_every_open_question_of_the_conclusions_has_an_interval_that_holds_0() -> None:
+    """And no other has."""
+    text = (DOCS / "conclusions.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    told = [
+        (float(gain), float(half), follows)
+        for *_, measured, follows in rows[1:]
+        for gain, half in re.findall(r"([-+]\d+\.\d) ± (\d+\.\d)", measured)
+    ]
+    assert len(told) >= 8
+    for gain, half, follows in told:
+        assert (abs(gain) <= half) == follows.strip().startswith("Open"), (gain, half, follows)

@@ -56,6 +56,18 @@ def build(
     return backbone
 
 
+def published(model: str) -> bool:
+    """Whether `weights: pretrained` names weights of the model.
+
+    Raises:
+        RecipeError: If timm or torchvision has no such model.
+    """
+    source, slash, name = model.partition("/")
+    if slash and source == "timm":
+        return timm_models.published(name)
+    return bool(slash and source == "torchvision") and torchvision_models.published(name)
+
+
 def complete(model: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with the defaults of our own models spelled out.
 

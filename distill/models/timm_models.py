@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distill.errors import DamagedError, IncompatibleError, PreflightError, RecipeError
-from distill.models.network import Description, Network, probe
+from distill.models.network import Channels, Description, Network, probe
 from distill.models.outside import building, check_arguments, check_name
 
 # Arguments that the data or another key of the recipe decide.
@@ -50,15 +50,36 @@ def pretrained(name: str, arguments: Mapping[str, Any], *, image_size: int) -> N
     """
     import timm
 
-    _check(name, arguments)
-    config: Any = timm.get_pretrained_cfg(name)
-    if config is None or not timm.models.is_model_pretrained(name):
+    config: Any = timm.get_pretrained_cfg(name) if published(name, arguments) else None
+    if config is None:
         tagged = timm.list_pretrained(f"{without_tag(name)}.*")
         raise RecipeError(
             f"timm/{name}: timm publishes no such weights",
             hint=f"it has {', '.join(tagged[:5])}" if tagged else "leave weights out",
         )
     return _pretrained(name, arguments, config, image_size, origin=f"timm/{name}")
+
+
+def published(name: str, arguments: Mapping[str, Any] | None = None) -> bool:
+    """Whether timm has weights for its model `name`.
+
+    Raises:
+        RecipeError: If timm has no such model or refuses an argument.
+    """
+    import timm
+
+    _check(name, arguments or {})
+    return bool(timm.models.is_model_pretrained(name))
+
+
+def normalisation(name: str, num_classes: int) -> tuple[Channels, Channels] | None:
+    """Mean and deviation of images as timm's weights of that many classes for `name` want them."""
+    import timm
+
+    config: Any = timm.get_pretrained_cfg(name)
+    if config is None or config.num_classes != num_classes:
+        return None
+    return tuple(config.mean), tuple(config.std)
 
 
 def from_hub(

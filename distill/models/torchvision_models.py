@@ -90,6 +90,18 @@ def pretrained(name: str, arguments: Mapping[str, Any], *, image_size: int) -> N
     return Network(backbone, description)
 
 
+def published(name: str) -> bool:
+    """Whether torchvision has weights for its model `name`.
+
+    Raises:
+        RecipeError: If torchvision has no such model.
+    """
+    import torchvision
+
+    _check(name)
+    return len(torchvision.models.get_model_weights(name)) > 0
+
+
 def _check(name: str) -> None:
     import torchvision
 

@@ -86,7 +86,7 @@ def load(
         )
     if description is None:
         assert expected is not None
-        description = _bare(state, expected)
+        description = _bare(state, expected, path)
     elif expected is not None and not _same_model(expected.model, description.model):
         raise IncompatibleError(
             f"{path}: holds {description.model}, the recipe says {expected.model}",
@@ -225,8 +225,11 @@ def _same_model(one: str, other: str) -> bool:
     return one == other
 
 
-def _bare(state: Mapping[str, Tensor], expected: Description) -> Description:
-    """`expected`, with the number of classes that the classifier's shape tells."""
+def _bare(state: Mapping[str, Tensor], expected: Description, origin: Path) -> Description:
+    """`expected`, with the number of classes that the classifier's shape tells.
+
+    Published weights want images as they were trained on, whatever the data's are.
+    """
     axes = backbones.head(expected.model, expected.arguments, image_size=expected.image_size)
     counts = [
         state[name].shape[axis]
@@ -234,7 +237,16 @@ def _bare(state: Mapping[str, Tensor], expected: Description) -> Description:
         if name in state and state[name].ndim > axis
     ]
     count = counts[0] if counts else expected.num_classes
-    return expected.model_copy(update={"num_classes": count, "classes": None})
+    update: dict[str, Any] = {"num_classes": count, "classes": None}
+    library, _, name = expected.model.partition("/")
+    own = timm_models.normalisation(name, count) if library == "timm" else None
+    if own and own != (expected.mean, expected.std):
+        console.warn(
+            f"{origin}: does not say how its images are normalised: by mean {own[0]} and deviation "
+            f"{own[1]}, as those of timm's weights for {expected.model}"
+        )
+        update |= {"mean": own[0], "std": own[1]}
+    return expected.model_copy(update=update)
 
 
 def _resolve(path: Path) -> Path:

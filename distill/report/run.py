@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -193,6 +194,36 @@ def curves(runs: Mapping[str, Path]) -> Iterator[Block]:
             ]
             figure = Figure(title, "step", label, series, percent=percent)
             yield Picture(figure, stem, files.to_csv(("run", "step", key), table))
+    judged = {
+        name: [(row["step"], row["top1"]) for row in rows if row["split"] == "val"]
+        for name, rows in metrics.items()
+    }
+    if points := {name: own for name, own in judged.items() if own}:
+        yield speed(points)
+
+
+def speed(points: Mapping[str, Sequence[tuple[int, float]]]) -> Table:
+    """How soon each run was as accurate on the validation split as the worst of them is at its end.
+
+    The mean over its steps is the area under the curve, by the trapezoidal rule, over its length.
+
+    Args:
+        points: Step and top-1 of every validation, by run; one at least.
+    """
+    goal = min(own[-1][1] for own in points.values())
+    rows = []
+    for name, own in points.items():
+        length = own[-1][0] - own[0][0]
+        area = sum((t - s) * (a + b) / 2 for (s, a), (t, b) in pairwise(own))
+        mean = area / length if length else own[-1][1]
+        reached = next(step for step, top1 in own if top1 >= goal)
+        rows.append((name, f"{reached:,}", f"{own[-1][0]:,}", f"{mean:.2%}", f"{own[-1][1]:.2%}"))
+    return Table(
+        "Speed of training",
+        ("", f"steps to {goal:.2%}", "of", "mean over the steps", "at the end"),
+        rows,
+        numeric=range(1, 5),
+    )
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:

@@ -223,6 +223,7 @@ def _rank(asked: Asked) -> Found:
         "effective_rank": Number(found.pooled.effective, n=n),
         "participation_ratio": Number(found.pooled.participation, n=n),
         "components_90": Number(found.pooled.k90, n=n),
+        "components_95": Number(found.pooled.k95, n=n),
         "components_99": Number(found.pooled.k99, n=n),
         "coding_rate": Number(found.pooled.coding_rate, n=n),
     }
@@ -290,7 +291,8 @@ _PARTS: dict[Part, tuple[str, ...]] = {
     _pictures: (),
     _similarity: ("cka",),
     _rank: (
-        "effective_rank", "participation_ratio", "components_90", "components_99", "coding_rate",
+        "effective_rank", "participation_ratio", "components_90", "components_95", "components_99",
+        "coding_rate",
     ),
     _sharpness: ("hessian_max", "hessian_min", "hessian_trace", "sharpness", "sharpness_sam"),
     _spectrum: ("feature_variance", "high_frequency"),

@@ -36,7 +36,7 @@ GROUPS = {
     "mca": corruptions.COMMON,
     "mca_extra": corruptions.EXTRA,
     "mca_affine": corruptions.AFFINE,
-    "mca_seed5": corruptions.SEED5,
+    "mca_basic": corruptions.BASIC,
 }
 _NAMES = (*GROUPS, "mce", "relative_mce", "corrupted_nll", "corrupted_ece")
 

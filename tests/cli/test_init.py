@@ -13,6 +13,14 @@ from typer.testing import Result
 from distill.recipe import Recipe
 from tests.cli.conftest import images, listing, picture
 
+OWN = """
+from torch import nn
+
+def vitality(num_classes, image_size):
+    first = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)]
+    return nn.Sequential(*first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+"""
+
 
 def init(distill: Callable[..., Result], *arguments: object) -> dict[str, Any]:
     result = distill("init", *arguments, "--json")
@@ -116,6 +124,59 @@ def test_models_by_option(distill: Callable[..., Result], tmp_path: Path) -> Non
     offline = ["student.weights=null", "teachers.0.recipe.student.weights=null"]
     check = distill("check", "b.yaml", "--set", offline[0], "--set", offline[1])
     assert check.exit_code == 0, check.stderr
+
+
+def proposed(
+    distill: Callable[..., Result], tmp_path: Path, *models: str
+) -> dict[str, tuple[str, str | None]]:
+    """Optimizer and weights that are proposed for each as a student."""
+    found = {}
+    for i, model in enumerate(models):
+        init(distill, "photos", "--student", model, "--out", f"{i}.yaml")
+        recipe = Recipe.load(tmp_path / f"{i}.yaml")
+        assert recipe.student.model == model
+        found[model] = recipe.optimizer.name, recipe.student.weights
+    return found
+
+
+def test_what_attends_or_does_not_normalise_batches_gets_adamw_whatever_it_is_called(
+    distill: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    images(tmp_path / "photos", "a", "b", count=3)
+    (tmp_path / "own_networks.py").write_text(OWN)
+    sgd = ("resnet20", "wrn_16_2", "own_networks:vitality")
+    adamw = ("vit_tiny", "swin_tiny", "convit_tiny", "crate_tiny", "alternet_18", "convnext_atto")
+    found = proposed(distill, tmp_path, *sgd, *adamw)
+    assert found == dict.fromkeys(sgd, ("sgd", None)) | dict.fromkeys(adamw, ("adamw", None))
+    warned = {
+        model
+        for i, model in enumerate(found)
+        if "Few images for a network without" in (tmp_path / f"{i}.yaml").read_text()
+    }
+    assert warned == {"vit_tiny", "swin_tiny", "convit_tiny", "crate_tiny"}
+
+
+def test_a_library_s_network_begins_with_weights_only_where_there_are_some(
+    distill: Callable[..., Result], tmp_path: Path
+) -> None:
+    """A giant of timm's without weights is looked at too: it is built without values."""
+    images(tmp_path / "photos", "a", "b", count=3, size=(64, 64))
+    found = proposed(
+        distill, tmp_path, "timm/test_vit", "torchvision/vit_b_16", "timm/vit_giant_patch14_224",
+        "timm/resnetv2_50t", "timm/levit_384_s8",
+    )  # fmt: skip
+    assert found == {
+        "timm/test_vit": ("adamw", "pretrained"),
+        "torchvision/vit_b_16": ("adamw", "pretrained"),
+        "timm/vit_giant_patch14_224": ("adamw", None),
+        "timm/resnetv2_50t": ("sgd", None),
+        "timm/levit_384_s8": ("adamw", None),  # it does both
+    }
+    result = distill("init", "photos", "--student", "timm/vit_tinny", "--out", "x.yaml")
+    assert result.exit_code == 2
+    assert "timm has no classifier 'vit_tinny'" in result.stderr
+    assert not (tmp_path / "x.yaml").exists()
 
 
 def test_bad_images_are_named_and_left_out(distill: Callable[..., Result], tmp_path: Path) -> None:

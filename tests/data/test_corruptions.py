@@ -33,9 +33,9 @@ def test_groups() -> None:
     assert corruptions.EXTRA == ("speckle_noise", "gaussian_blur", "spatter", "saturate")
     assert corruptions.AFFINE == ("translate", "rotate", "scale")
     assert len(corruptions.names()) == 22
-    assert set(corruptions.SEED5) <= set(corruptions.names())
+    assert set(corruptions.BASIC) <= set(corruptions.names())
     assert set(corruptions.APPROXIMATED) == {"frost"}
-    both = corruptions.names("seed5", "affine")
+    both = corruptions.names("basic", "affine")
     assert both == ("gaussian_noise", "gaussian_blur", "contrast", "translate", "rotate", "scale")
     with pytest.raises(ValueError, match="no group 'comon' of corruptions; did you mean 'common'"):
         corruptions.names("comon")

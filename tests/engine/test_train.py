@@ -92,6 +92,17 @@ def test_the_baseline_differs_in_its_teacher_alone(run: tuple[Path, Path, str]) 
         assert getattr(alone, section) == getattr(recipe, section)
 
 
+def test_a_term_of_weight_0_changes_nothing(run: tuple[Path, Path, str], tmp_path: Path) -> None:
+    path, out, _ = run
+    weights = ["objective.0.weight=1", "objective.1.weight=0"]
+    train(Recipe.load(path, weights), tmp_path / "unheard")
+    unheard, alone = (
+        (folder / "student.safetensors").read_bytes()
+        for folder in (tmp_path / "unheard", out / "baseline")
+    )
+    assert unheard == alone
+
+
 def test_the_complete_recipe_trains_the_same_student(
     run: tuple[Path, Path, str], tmp_path: Path
 ) -> None:

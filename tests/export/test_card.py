@@ -256,6 +256,12 @@ def test_an_evaluation_gives_its_intervals_and_what_else_it_found() -> None:
     assert "Wilson" not in text
 
 
+def test_a_measure_that_only_another_version_has_is_passed_over() -> None:
+    told = evaluation()
+    told["subjects"][0]["numbers"]["corruptions"]["mca_seed5"] = estimate(0.5, 0.4, 0.6)
+    assert card(made(evaluation=told)) == card(made(evaluation=evaluation()))
+
+
 def test_the_mean_over_seeds_is_not_taken_for_this_student() -> None:
     text = card(made(evaluation=evaluation(seeds=3)))
     assert row(text, "student") == row(card(made()), "student")

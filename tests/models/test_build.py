@@ -154,6 +154,25 @@ def test_bare_tensors_take_the_data_s_normalisation(teacher: Build, bare: Path) 
         teacher(weights=str(bare))
 
 
+def test_bare_tensors_of_published_weights_take_theirs(
+    teacher: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some want 0.5 where ImageNet's mean is expected, and are far worse with it."""
+    import timm
+
+    for classes, mean in ((1000, 0.5), (4, None)):
+        network = timm.create_model("test_vit", num_classes=classes)
+        safetensors.torch.save_file(network.state_dict(), tmp_path / "bare.safetensors")
+        names = tuple(f"c{i}" for i in range(classes))
+        built = teacher(
+            model="timm/test_vit", weights=str(tmp_path / "bare.safetensors"), classes=names,
+            image_size=160,
+        )  # fmt: skip
+        expected = DATA["mean"] if mean is None else [mean] * 3
+        assert built.mean.flatten().tolist() == pytest.approx(expected)
+        assert ("does not say how" in capsys.readouterr().err) is (mean is not None)
+
+
 def test_a_teacher_sees_the_size_and_the_normalisation_that_it_was_trained_on(
     student: Build, teacher: Build, tmp_path: Path
 ) -> None:
@@ -165,6 +184,23 @@ def test_a_teacher_sees_the_size_and_the_normalisation_that_it_was_trained_on(
     images = torch.rand(2, 3, 32, 32)
     small = torch.nn.functional.interpolate(images, (16, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(answers(network, images), answers(trained, small))
+
+
+@pytest.mark.parametrize("position", ["learned", "sincos", "conv", "none"])
+def test_a_transformer_teaches_at_another_size_than_it_was_trained_at(
+    student: Build, teacher: Build, tmp_path: Path, position: str
+) -> None:
+    """Its positions are for every grid, and at the size that it was trained at they stay."""
+    trained = student("vit", depth=1, position=position)
+    file = tmp_path / "vit.safetensors"
+    file.write_bytes(weights.to_bytes(trained))
+    images = torch.rand(2, 3, 16, 16)
+    larger = teacher(weights=str(file), input_size=24)
+    assert larger.anatomy().stages[-1].grid == (6, 6)
+    large = torch.nn.functional.interpolate(images, (24, 24), mode="bilinear", antialias=True)
+    assert torch.equal(answers(larger, images), answers(trained, large))
+    same = teacher(weights=str(file), input_size=16)
+    assert torch.equal(answers(same, images), answers(trained, images))
 
 
 def test_two_orders_of_classes_are_two_teachers(teacher: Build, file: Path) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import math
+from itertools import product
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,6 +104,51 @@ def test_sincos_is_fixed_and_no_part_of_the_weights() -> None:
     assert len({tuple(row) for row in one.waves[0].tolist()}) == 16
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (24, 24), (16, 24), (4, 40)])
+def test_fixed_positions_of_another_grid_lie_between_those_of_the_network_s_own(
+    rows: int, columns: int
+) -> None:
+    model = vit(16, position="sincos")
+    images = torch.rand(2, 3, rows, columns)
+    x, grid = model.patches(images)
+    assert grid == (rows // 4, columns // 4)
+    own = x - model.stem(images).flatten(2).transpose(1, 2)
+    for i, j in product(range(grid[0]), range(grid[1])):
+        row, column = (i + 0.5) * 4 / grid[0] - 0.5, (j + 0.5) * 4 / grid[1] - 0.5
+        waves = [
+            f(place / 10000 ** (k / 8))
+            for place in (column, row)
+            for f in (math.sin, math.cos)
+            for k in range(8)
+        ]
+        expected = torch.tensor(waves).expand(2, -1)
+        torch.testing.assert_close(own[:, grid[1] * i + j], expected, rtol=0, atol=1e-5)
+    assert model(images).shape == (2, 5)
+
+
+def test_fixed_positions_of_the_network_s_own_grid_are_added_as_they_are() -> None:
+    model, images = vit(16, position="sincos"), torch.rand(2, 3, 16, 16)
+    x, _ = model.patches(images)
+    assert torch.equal(x, model.stem(images).flatten(2).transpose(1, 2) + model.waves)
+    middles = [12 * (3 * i + 1) + 3 * j + 1 for i, j in product(range(4), repeat=2)]
+    finer, _ = model.patches(torch.zeros(1, 3, 48, 48))
+    at_middles = finer[:, middles] - model.stem.bias
+    torch.testing.assert_close(at_middles, model.waves, rtol=0, atol=1e-5)
+
+
+def test_learned_positions_are_interpolated_as_timm_does_it() -> None:
+    model = vit(16, width=32, position="learned")
+    images = torch.rand(2, 3, 24, 40)
+    x, grid = model.patches(images)
+    own = x - model.stem(images).flatten(2).transpose(1, 2)
+    expected = timm.layers.resample_abs_pos_embed(model.position, [6, 10], [4, 4], 0)
+    torch.testing.assert_close(own, expected.expand(2, -1, -1), rtol=0, atol=1e-5)
+    assert grid == (6, 10)
+    same, _ = model.patches(images[:, :, :16, :16])
+    stem = model.stem(images[:, :, :16, :16]).flatten(2).transpose(1, 2)
+    assert torch.equal(same, stem + model.position)
+
+
 def test_conv_position_adds_the_neighbours_and_passes_the_class_token() -> None:
     model = vit(position="conv", pool="cls")
     tokens = torch.randn(2, 17, 32)
@@ -110,6 +158,23 @@ def test_conv_position_adds_the_neighbours_and_passes_the_class_token() -> None:
     near = F.conv2d(grid, model.local.conv.weight, model.local.conv.bias, padding=1, groups=32)
     expected = (grid + near).flatten(2).transpose(1, 2)
     torch.testing.assert_close(out[:, 1:], expected)
+
+
+def test_conv_position_moves_with_the_tokens_where_there_is_no_border() -> None:
+    """Zeros around the grid are all that tells it places apart."""
+    local = vit(position="conv").local
+    grid = torch.randn(2, 6, 5, 32)
+
+    def added(tokens: Tensor) -> Tensor:
+        return local(tokens.flatten(1, 2), (6, 5)).unflatten(1, (6, 5))
+
+    moved = added(grid.roll((1, 2), dims=(1, 2))) - added(grid).roll((1, 2), dims=(1, 2))
+    assert moved.abs().max() > 1e-2
+    around = nn.Conv2d(32, 32, 3, padding=1, groups=32, padding_mode="circular")
+    around.load_state_dict(local.conv.state_dict())
+    local.conv = around
+    moved = added(grid.roll((1, 2), dims=(1, 2))) - added(grid).roll((1, 2), dims=(1, 2))
+    assert moved.abs().max() <= 1e-5
 
 
 def test_conv_position_stands_behind_the_first_block_alone() -> None:

@@ -47,7 +47,9 @@ def test_training_ends_with_a_page(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert f"{result['top1']:.2%}" in html
     assert f"{100 * result['gain']:+.2f} points" in html
-    for text in ("In training", "Accuracy on the validation split", "temperature: 4", "resnet8"):
+    for text in ("In training", "Accuracy on the validation split", "Speed of training",
+        "temperature: 4", "resnet8",
+    ):  # fmt: skip
         assert text in html
     assert "://" not in html.replace("http://www.w3.org/2000/svg", "")
 
@@ -85,6 +87,28 @@ def test_the_verdict_says_no_more_than_is_known(changes: dict[str, Any], first: 
     lines = report.verdict(result(**changes))
     assert lines[0] == first
     assert any("One seed" in line for line in lines) == (changes.get("gain", 1) is not None)
+
+
+def test_speed_is_the_first_step_at_the_accuracy_that_all_reach() -> None:
+    found = report.speed(
+        {
+            "taught": [(10, 0.5), (20, 0.9), (40, 0.8)],
+            "alone": [(10, 0.1), (20, 0.4), (40, 0.7)],
+            "short": [(10, 0.7)],
+        }
+    )
+    assert found.heads[1] == "steps to 70.00%"
+    assert [list(row) for row in found.rows] == [
+        ["taught", "20", "40", "80.00%", "80.00%"],  # (10 * 0.7 + 20 * 0.85) / 30
+        ["alone", "40", "40", "45.00%", "70.00%"],
+        ["short", "10", "10", "70.00%", "70.00%"],
+    ]
+    # The lowest goal is reached by all, and a higher one never sooner.
+    points = {"one": [(i, i / 10) for i in range(1, 9)]}
+    steps = [
+        int(report.speed(points | {"low": [(1, goal / 10)]}).rows[0][1]) for goal in range(1, 9)
+    ]
+    assert steps == sorted(steps) == [*range(1, 9)]
 
 
 def test_many_steps_are_thinned_to_means() -> None:

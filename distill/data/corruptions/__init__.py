@@ -56,8 +56,8 @@ SEVERITIES = (1, 2, 3, 4, 5)
 COMMON = tuple(_COMMON)
 EXTRA = tuple(_EXTRA)
 AFFINE = tuple(_AFFINE)
-SEED5 = ("gaussian_noise", "gaussian_blur", "contrast", "translate", "rotate")
-GROUPS = {"common": COMMON, "extra": EXTRA, "affine": AFFINE, "seed5": SEED5}
+BASIC = ("gaussian_noise", "gaussian_blur", "contrast", "translate", "rotate")  # the plainest
+GROUPS = {"common": COMMON, "extra": EXTRA, "affine": AFFINE, "basic": BASIC}
 
 # What is not the published recipe, and why.
 APPROXIMATED = {

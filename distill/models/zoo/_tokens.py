@@ -1,12 +1,15 @@
 """From an image to tokens that know where they are.
 
-Positions: sincos is Chen, Xie, He: MoCo v3, ICCV 2021, arXiv:2104.02057. The conv stem is Xiao et
-al.: Early Convolutions Help Transformers See Better, NeurIPS 2021, arXiv:2106.14881.
+Positions: sincos is Chen, Xie, He: MoCo v3, ICCV 2021, arXiv:2104.02057. Learned ones are
+interpolated for images of another size as in the first ViT, arXiv:2010.11929, section 3.2. The conv
+stem is Xiao et al.: Early Convolutions Help Transformers See Better, NeurIPS 2021,
+arXiv:2106.14881.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -34,9 +37,10 @@ class Tokenised(nn.Module):
         self.stem_norm = nn.LayerNorm(width, eps=EPS) if norm else None
         self.cls = _vectors(1, width) if dials.pool != "mean" else None
         self.dist = _vectors(1, width) if dials.pool == "distill" else None
+        self.grid: Size = (dials.side, dials.side)  # of the images that it is built for
         self.position = _vectors(dials.side**2, width) if dials.position == "learned" else None
         # Made anew with every network, so not part of its weights.
-        waves = _sincos(dials.side, width) if dials.position == "sincos" else None
+        waves = _sincos(self.grid, self.grid, width) if dials.position == "sincos" else None
         self.register_buffer("waves", waves, persistent=False)
         self.drop = nn.Dropout(dials.drop)
 
@@ -66,10 +70,18 @@ class Tokenised(nn.Module):
         if self.stem_norm is not None:
             x = self.stem_norm(x)
         if self.position is not None:
-            x = x + self.position
+            x = x + (self.position if grid == self.grid else self._interpolated(grid))
         if self.waves is not None:
-            x = x + self.waves
+            same = grid == self.grid
+            x = x + (self.waves if same else _sincos(grid, self.grid, x.shape[2], x.device))
         return x, grid
+
+    def _interpolated(self, grid: Size) -> Float[Tensor, "1 N D"]:
+        """The learned positions for images of another size than they were learned with."""
+        assert self.position is not None
+        places = torch.unflatten(self.position.float(), 1, self.grid).permute(0, 3, 1, 2)
+        places = F.interpolate(places, grid, mode="bicubic", antialias=True)
+        return places.flatten(2).transpose(1, 2)
 
 
 def _vectors(count: int, width: int) -> nn.Parameter:
@@ -94,14 +106,28 @@ def _convolutions(width: int, patch_size: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
 
 
-def _sincos(grid: int, width: int) -> Float[Tensor, "1 N D"]:
+def _sincos(
+    grid: Size, unit: Size, width: int, device: torch.device | None = None
+) -> Float[Tensor, "1 N D"]:
     """Sines and cosines of a patch's row and column at width / 4 frequencies from 1 to 1/10000.
 
     A quarter of the channels each: sin and cos of the column, sin and cos of the row.
+
+    Args:
+        grid: Rows and columns of patches.
+        unit: Of those that lie a step of 1 apart in the same image. Another grid has its patches
+            between these: to count on beyond them would be to places that no network has seen.
+        width: Channels of a token.
+        device: Where to compute.
     """
-    quarter = width // 4
-    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns, rows = waves.repeat(grid, 1), waves.repeat_interleave(grid, dim=0)
+    steps = torch.arange(width // 4, dtype=torch.float64, device=device)
+    frequencies = 10000.0 ** -(steps / (width // 4))
+
+    def along(count: int, of: int) -> Float[Tensor, "n d"]:
+        place = torch.arange(count, dtype=torch.float64, device=device)
+        angles = ((place + 0.5) * (of / count) - 0.5)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows, columns = (along(n, of) for n, of in zip(grid, unit, strict=True))
+    columns, rows = columns.repeat(grid[0], 1), rows.repeat_interleave(grid[1], dim=0)
     return torch.cat([columns, rows], dim=1).float()[None]
