@@ -1,13 +1,52 @@
-"""The table of promises is read as it was written."""
+"""The table of promises is whole, and every figure in it comes from a test that is there."""
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
 from tests import promises
 from tests.promises import Finding
+
+ROOT = Path(__file__).parents[1]
+
+
+def number(mark: ast.expr) -> str | None:
+    """Of the promise that a mark names."""
+    if isinstance(mark, ast.Call) and ast.unparse(mark.func).endswith(".promise"):
+        return str(ast.literal_eval(mark.args[0]))
+    return None
+
+
+def marked() -> dict[str, str]:
+    """The promise of every test that measures one."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        marks: dict[str, str] = {}  # that have a name of their own
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and (own := number(node.value)):
+                marks[ast.unparse(node.targets[0])] = own
+            if isinstance(node, ast.FunctionDef):
+                for mark in node.decorator_list:
+                    if own := number(mark) or marks.get(ast.unparse(mark)):
+                        found[f"{path.relative_to(ROOT)}::{node.name}"] = own
+    return found
+
+
+def test_every_promise_has_a_figure_and_every_figure_its_test() -> None:
+    tests = marked()
+    rows = promises.rows(promises.PAGE.read_text(encoding="utf-8"))
+    assert list(rows) == list(promises.PROMISES)
+    said = {}
+    for name, lines in rows.items():
+        assert lines[0][0] == promises.PROMISES[name]
+        for _, what, figure, test in lines:
+            assert what
+            assert figure
+            said[test.strip("`")] = name
+    assert said == tests
 
 
 def finding(promise: str, what: str, figure: str = "1 of 1", *, long: bool = False) -> Finding:
