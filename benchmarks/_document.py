@@ -90,14 +90,19 @@ def _escaped(text: str) -> str:
 
 
 def regenerated(document: str, results: Results) -> str:
-    """The document with this device's results between its markers.
+    """The document with this device's results between its markers."""
+    return put(document, f"speed-{results['device']}", markdown(results))
+
+
+def put(document: str, name: str, text: str) -> str:
+    """The document with a text between the markers of a name.
 
     Raises:
         ValueError: If the document has no such markers.
     """
-    begin, end = (f"<!-- speed-{results['device']}: {word} -->" for word in ("begin", "end"))
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
     before, found, rest = document.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"the document has no lines {begin} and {end}")
-    return f"{before}{begin}\n\n{markdown(results)}\n{end}{after}"
+    return f"{before}{begin}\n\n{text}\n{end}{after}"

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from _setting import (
     CE,
-    CLASSES,
     DECAY,
     KD,
     MEAN,
@@ -45,7 +44,7 @@ class Memory:
         give: Give = lambda images, labels, ids: (images, labels, ids),
     ) -> None:
         device, size = torch.device(setting.device), setting.size
-        images, labels = pixels(folder, "train")
+        images, labels = pixels(setting, folder, "train")
         planes = torch.from_numpy(images).permute(0, 3, 1, 2)
         if size != planes.shape[-1]:
             parts = planes.split(64)
@@ -121,7 +120,7 @@ def loop(
             network.to(memory_format=torch.channels_last)
         if compiled:
             network.compile()
-    kept = torch.randn(setting.images, CLASSES, device=device)
+    kept = torch.randn(setting.images, setting.classes, device=device)
     fused = {"fused": True} if device.type == "cuda" else {}
     optimizer = torch.optim.SGD(
         student.parameters(),

@@ -1,8 +1,8 @@
 """What all variants of a training comparison share: images, weights, a cache, recipes.
 
-Everything lies in one folder that is written once: pictures of noise in CIFAR-100's binary format
-(two of the peers know no other set), a teacher and a student with initial weights in our format and
-as PyTorch's state dicts, the teacher's cache, and the recipes.
+Everything lies in one folder that is written once: images in one of CIFAR's binary formats, a
+teacher and a student with initial weights in our format and as PyTorch's state dicts, the teacher's
+cache, and the recipes. Where speed is compared the images are noise.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distill.data import official
 from distill.models import backbones, weights
 from distill.models.network import Description, Network
 
-CLASSES, TEST = 100, 256
-MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # CIFAR-100's
+CLASSES = {"cifar10": 10, "cifar100": 100}
+TEST = 256  # images of the test set; what validation is made on decides nothing
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # two of the peers know no others
 MOMENTUM, DECAY = 0.9, 5e-4
 TEMPERATURE, CE, KD = 4.0, 0.1, 0.9
+FILES = {"cifar10": official.CIFAR10, "cifar100": official.CIFAR100}
 VIEWS = 2  # of every image in the cache; epochs take turns
 
 RECIPE = """
-data: {{name: cifar100, root: "{root}", augment: [crop, flip], image_size: {size}}}
+data: {{name: {data}, root: "{root}", augment: [crop, flip], image_size: {size}, seed: {seed}}}
 {teachers}
 student: {{model: "{student}", weights: "{root}/student.safetensors"}}
 objective: {objective}
 {cache}
-optimizer: {{name: sgd, lr: {lr}, momentum: {momentum}, weight_decay: {decay}, schedule: constant}}
-train: {{epochs: 1000000, batch_size: {batch}, precision: {precision}}}
+optimizer:
+  {{name: sgd, lr: {lr}, momentum: {momentum}, weight_decay: {decay}, schedule: {schedule}}}
+train: {{epochs: {epochs}, batch_size: {batch}, precision: {precision}, seed: {seed}}}
 """
 BOTH = f"[{{term: ce, weight: {CE}}}, {{term: kd, weight: {KD}, temperature: {TEMPERATURE:g}}}]"
 
@@ -46,6 +50,10 @@ class Setting:
         images: Of the training set.
         turn: Images of a turn, a multiple of `batch`, and all that a peer sees in an epoch.
         workers: Most processes that a peer's loader may start.
+        data: The set whose form the images have.
+        epochs: Over which the learning rate falls to nought as a cosine; None: it stays as it is,
+            and there is no end.
+        seed: Of initial weights, order and views.
     """
 
     teacher: str
@@ -57,6 +65,9 @@ class Setting:
     images: int
     turn: int
     workers: int
+    data: str = "cifar100"
+    epochs: int | None = None
+    seed: int = 0
 
     @property
     def title(self) -> str:
@@ -69,6 +80,11 @@ class Setting:
         """The learning rate: CIFAR's, or one at which a ViT stays finite."""
         return 0.1 if self.size <= 32 else 1e-3
 
+    @property
+    def classes(self) -> int:
+        """Their number."""
+        return CLASSES[self.data]
+
     def recipe(self, folder: Path, how: str) -> Path:
         """The recipe file of `live`, `cached` or `alone`."""
         return folder / f"{how}.yaml"
@@ -80,25 +96,53 @@ def load(folder: Path) -> Setting:
 
 
 def write(setting: Setting, folder: Path) -> None:
-    """Write all that the variants share, but for the cache."""
-    _write_images(folder, setting.images)
+    """Write all that the variants of a comparison of speeds share, but for the cache."""
+    write_images(setting, folder, *(_noise(setting, n) for n in (setting.images, TEST)))
     for i, role in enumerate(("teacher", "student")):
-        torch.manual_seed(i)
-        backbone = backbones.build(
-            getattr(setting, role), {}, num_classes=CLASSES, image_size=setting.size
-        )
+        network = initial(setting, role, seed=i)
         if role == "teacher":
-            _settle(backbone, setting.size)
-        description = Description(
-            model=getattr(setting, role), arguments={}, num_classes=CLASSES, classes=None,
-            image_size=setting.size, input_size=None, mean=MEAN, std=STD,
-        )  # fmt: skip
-        found = weights.to_bytes(Network(backbone, description))
-        (folder / f"{role}.safetensors").write_bytes(found)
-        place = folder / f"{setting.teacher.replace('/', '-')}_vanilla" / "teacher.pth"
-        place = place if role == "teacher" else folder / "student.pth"
-        place.parent.mkdir(exist_ok=True)
-        torch.save({"model": backbone.state_dict()}, place)
+            _settle(network, setting.size)
+        write_network(setting, folder, role, network)
+    write_recipes(setting, folder)
+
+
+def write_images(setting: Setting, folder: Path, train: np.ndarray, test: np.ndarray) -> None:
+    """Write images as the set's own files have them: rows of bytes, labels first."""
+    files = FILES[setting.data]
+    (folder / files.folder).mkdir()
+    for names, rows in ((files.train, train), (files.test, test)):
+        for i, name in enumerate(names):
+            rows[i :: len(names)].tofile(folder / files.folder / name)
+
+
+def initial(setting: Setting, role: str, seed: int) -> nn.Module:
+    """The bare network of a role with the weights that a seed gives it."""
+    torch.manual_seed(seed)
+    return backbones.build(
+        getattr(setting, role), {}, num_classes=setting.classes, image_size=setting.size
+    )
+
+
+def write_network(setting: Setting, folder: Path, role: str, network: nn.Module) -> None:
+    """Write a role's weights in our format and as the peers read them."""
+    description = Description(
+        model=getattr(setting, role), arguments={}, num_classes=setting.classes, classes=None,
+        image_size=setting.size, input_size=None, mean=MEAN, std=STD,
+    )  # fmt: skip
+    found = weights.to_bytes(Network(network, description))
+    (folder / f"{role}.safetensors").write_bytes(found)
+    place = pickled(setting, folder) if role == "teacher" else folder / "student.pth"
+    place.parent.mkdir(exist_ok=True)
+    torch.save({"model": network.state_dict()}, place)
+
+
+def pickled(setting: Setting, folder: Path) -> Path:
+    """The teacher's weights, under a path that tells one of the peers which network it is."""
+    return folder / f"{setting.teacher.replace('/', '-')}_vanilla" / "teacher.pth"
+
+
+def write_recipes(setting: Setting, folder: Path) -> None:
+    """Write the recipes, and the setting itself, which `load` reads."""
     taught = f'teachers: [{{weights: "{folder}/teacher.safetensors"}}]'
     kept = f'cache: {{path: "{folder}/cache", views: {VIEWS}}}'
     for how, teachers, objective, cache in (
@@ -107,9 +151,11 @@ def write(setting: Setting, folder: Path) -> None:
         ("cached", taught, BOTH, kept),
     ):
         text = RECIPE.format(
-            root=folder, size=setting.size, teachers=teachers, student=setting.student,
-            objective=objective, cache=cache, lr=setting.lr, momentum=MOMENTUM, decay=DECAY,
-            batch=setting.batch, precision=setting.precision,
+            data=setting.data, root=folder, size=setting.size, teachers=teachers,
+            student=setting.student, objective=objective, cache=cache, lr=setting.lr,
+            momentum=MOMENTUM, decay=DECAY, schedule="cosine" if setting.epochs else "constant",
+            epochs=setting.epochs or 1_000_000, batch=setting.batch, precision=setting.precision,
+            seed=setting.seed,
         )  # fmt: skip
         setting.recipe(folder, how).write_text(text)
     (folder / "setting.json").write_text(json.dumps(asdict(setting)))
@@ -125,11 +171,10 @@ def write_cache(setting: Setting, folder: Path) -> None:
         raise RuntimeError(f"distill teacher-cache: {done.stderr.strip()[-500:]}")
 
 
-def pixels(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+def pixels(setting: Setting, folder: Path, part: str) -> official.Split:
     """Images (N, 32, 32, 3) as uint8 and labels (N,) of `train` or `test`."""
-    rows = np.fromfile(folder / "cifar-100-binary" / f"{part}.bin", np.uint8).reshape(-1, 3074)
-    planes = rows[:, 2:].reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), rows[:, 1].astype(np.int64)
+    found = official.read(setting.data, folder, download=False)
+    return found.train if part == "train" else found.test
 
 
 def backbone(setting: Setting, folder: Path, role: str) -> nn.Module:
@@ -157,11 +202,7 @@ def _settle(network: nn.Module, size: int) -> None:
     network.eval()
 
 
-def _write_images(folder: Path, count: int) -> None:
-    place = folder / "cifar-100-binary"
-    place.mkdir()
-    rng = np.random.default_rng(0)
-    for part, images in (("train", count), ("test", TEST)):
-        rows = rng.integers(0, 256, (images, 3074), dtype=np.uint8)
-        rows[:, 1] = np.arange(images) % CLASSES
-        rows.tofile(place / f"{part}.bin")
+def _noise(setting: Setting, count: int) -> np.ndarray:
+    rows = np.random.default_rng(count).integers(0, 256, (count, 3074), dtype=np.uint8)
+    rows[:, 1] = np.arange(count) % setting.classes
+    return rows

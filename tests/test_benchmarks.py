@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DOCUMENT = "before\n<!-- speed-cpu: begin -->\nold\n<!-- speed-cpu: end -->\nafter\n"
@@ -131,6 +135,136 @@ def test_the_peers_run_from_their_checkouts(tmp_path: Path) -> None:
     for peer in ("timm", "torchdistill", "mdistiller", "RepDistiller"):
         for what in ("as shipped", "loop alone"):
             assert rows[f"{peer}, {what}"]["failed"] is None, rows[f"{peer}, {what}"]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif("DISTILL_PEERS" not in os.environ, reason="where benchmarks/peers.py put them")
+def test_the_peers_train_the_same_student(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = modules("accuracy")
+    rows = compared(accuracy, tmp_path, monkeypatch, "--peers", os.environ["DISTILL_PEERS"])
+    assert {row["toolkit"] for row in rows} == {*accuracy.TEACHER, *accuracy.SIDES}
+    agreement = {row["toolkit"]: row["agreement"] for row in rows}
+    for name, how in accuracy.SIDES.items():
+        if "name" in how:  # from labels alone it is 0.17, and between those that are taught 0.02
+            assert agreement[name] == pytest.approx(agreement["distill"], abs=0.1), name
+
+
+def compared(
+    accuracy: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str
+) -> list[dict[str, Any]]:
+    """What accuracy.py writes about one seed on a few images of noise."""
+    root, threads = folder / "cifar-10-batches-bin", torch.get_num_threads()
+    if not root.exists():
+        root.mkdir()
+        for i, name in enumerate((*(f"data_batch_{n}" for n in range(1, 6)), "test_batch")):
+            rows = np.random.default_rng(i).integers(0, 256, (600, 3073), dtype=np.uint8)
+            rows[:, 0] %= 10
+            rows.tofile(root / f"{name}.bin")
+    out = folder / "out"
+    words = ("--quick", "--seeds", "1", "--root", str(folder), "--out", str(out), *words)
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *words])
+    try:
+        accuracy.main()
+    finally:
+        torch.set_num_threads(threads)
+    return [json.loads(line) for line in (out / "accuracy.jsonl").read_text().splitlines()]
+
+
+def test_accuracies_are_compared_from_the_same_start_and_no_run_is_made_twice(
+    modules: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    accuracy = modules("accuracy")
+    rows = compared(accuracy, tmp_path, monkeypatch)
+    own = [name for name, how in accuracy.SIDES.items() if "recipe" in how]
+    assert [row["toolkit"] for row in rows] == [*accuracy.TEACHER, *own]
+    teacher, in_train_mode, taught, alone, classical = rows
+    assert teacher["agreement"] == 1 > in_train_mode["agreement"]
+    assert len({row["nll"] for row in rows}) == 5  # each has trained in its own way
+    assert taught["steps"] == alone["steps"] == classical["steps"] == 10
+    assert len({row["teacher"] for row in rows}) == 1
+    assert "| distill, labels alone | 1 |" in capsys.readouterr().out
+    # the student begins where its seed says, for us and for the peers
+    folder = tmp_path / "out" / "seed-0"
+    ours = modules("_setting").state(folder, "student")
+    theirs = torch.load(folder / "student.pth")["model"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    logs = sorted(tmp_path.glob("out/*/log/*.log"))
+    assert len(logs) == 4
+    before = [log.stat().st_mtime_ns for log in logs]
+    assert compared(accuracy, tmp_path, monkeypatch) == rows
+    assert [log.stat().st_mtime_ns for log in logs] == before
+    # a run that is gone is made again, but not beside those of another teacher
+    place = tmp_path / "out" / "accuracy.jsonl"
+    others = [row | {"teacher": "another"} for row in rows[:-1]]
+    place.write_text("".join(json.dumps(row) + "\n" for row in others))
+    with pytest.raises(SystemExit, match="rows of the teacher another"):
+        compared(accuracy, tmp_path, monkeypatch)
+
+
+def test_a_rate_that_falls_in_stages_follows_the_cosine(modules: Any) -> None:
+    peers = modules("_peers")
+    for epochs in (1, 2, 8, 240):
+        stages = peers.stages(epochs)
+        for epoch in range(1, epochs + 1):  # as the programs count them
+            rate = peers.STAGE ** sum(epoch > stage for stage in stages)
+            wanted = (1 + math.cos(math.pi * (epoch - 0.5) / epochs)) / 2
+            assert rate == pytest.approx(wanted, rel=0.006)
+
+
+def test_all_programs_are_told_the_same(modules: Any) -> None:
+    setting = modules("_setting").Setting(
+        teacher="resnet20", student="resnet8", size=32, batch=64, precision="fp32", device="cpu",
+        images=640, turn=640, workers=1, data="cifar10", epochs=3,
+    )  # fmt: skip
+    config = modules("_peers")._config(setting)
+    assert '"alpha": 0.1, "beta": 0.9' in config  # its alpha is the weight of the labels
+    assert '"T_max": 30' in config
+    assert "CIFAR10'" in config
+    forever = modules("_peers")._config(dataclasses.replace(setting, epochs=None))
+    assert "scheduler: {}" in forever
+
+
+def test_what_a_program_trained_is_kept_after_its_last_epoch(modules: Any, tmp_path: Path) -> None:
+    kept = modules("_watch").Kept(tmp_path / "student.pth")
+    student = torch.nn.Linear(2, 2)
+    loader = [1, 2]
+    assert kept.over(loader) is loader
+    for value in (1.0, 2.0):
+        kept.begin()
+        torch.nn.init.constant_(student.weight, value)
+        kept.end(student)
+    torch.nn.init.constant_(student.weight, 3.0)  # a program may go back to its best epoch
+    found = torch.load(tmp_path / "student.pth")
+    assert found["epochs"] == 2
+    assert (found["model"]["weight"] == 2).all()
+
+
+def test_classes_are_balanced_and_intervals_are_over_seeds(modules: Any) -> None:
+    accuracy = modules("accuracy")
+    rows = np.zeros((200, 3073), np.uint8)
+    rows[:, 0] = np.repeat(np.arange(10), 20)[::-1]
+    rows[:, 1] = np.arange(200)
+    chosen = accuracy.balanced(rows, 90)
+    assert (np.bincount(chosen[:, 0]) == 9).all()
+    assert chosen[:10, 1].tolist() == [*range(9), 20]
+    assert accuracy.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
+    common = {"nll": 1.0, "agreement": 0.5, "seconds": 9.0}
+    tables = accuracy.tables(
+        [
+            {"toolkit": name, "seed": seed, "top1": top1, **common}
+            for name, values in (("distill", (0.5, 0.6)), ("timm", (0.51, 0.61, 0.9)))
+            for seed, top1 in enumerate(values)
+        ]
+    )
+    assert "| distill | 2 | 55.00% | ± 63.53 | | | 1.000 | 50.0% | 9 |" in tables
+    assert "| timm | 3 | 67.33% | ± 50.32 | +1.00 | ± 0.00 |" in tables  # of the seeds of both
+    assert "| timm | distill | toolkit | +1.00 | ± 0.00 |" in tables
 
 
 def test_processes_take_turns_and_one_that_fails_is_a_row(modules: Any, tmp_path: Path) -> None:
