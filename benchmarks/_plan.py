@@ -48,7 +48,8 @@ FASHION, CIFAR = "recipes/fashion-mnist", "recipes/cifar10"
 WEAK, STRONG = f"train {FASHION}/few-vit-weak.yaml", f"train {FASHION}/few-vit-strong.yaml"
 FEATURES, FEW_CNN = f"train {FASHION}/few-vit-features.yaml", f"train {FASHION}/few-cnn.yaml"
 TEACHER = f"train {FASHION}/teacher-cnn.yaml"
-CACHE = f"teacher-cache {FASHION}/few-vit-strong.yaml --views 16"
+# The teachers' runs lie beside that of the training.
+CACHE = "teacher-cache {} --views 16 --run {{out}}/strong-cached-{{seed}}".format
 
 SEEDS = 3
 CPU = (
@@ -81,7 +82,7 @@ CPU = (
         "omitted-alone": Run("E8", f"train {FASHION}/omitted.yaml {ALONE}"),
         "omitted-kd": Run("E8", f"train {FASHION}/omitted.yaml", ("teacher-cnn",)),
     }
-    | seeds("E2c", "cache", CACHE, SEEDS, needs=["teacher-cnn"])
+    | seeds("E2c", "cache", CACHE(f"{FASHION}/few-vit-strong.yaml"), SEEDS, needs=["teacher-cnn"])
     | seeds(
         "E2c", "strong-cached",
         f"{STRONG} --cache {{out}}/cache-{{seed}} --set cache.views=16", SEEDS,
@@ -135,8 +136,7 @@ GPU = (
     | seeds("E4", "cnn-alone", f"{RESNET} {ALONE}", 3)
     | seeds("E4", "cnn-kd", RESNET, 3, needs=["teacher-cnn"])
     | seeds(
-        "E2c", "cache", f"teacher-cache {CIFAR}/cnn-to-vit.yaml --views 16", 1,
-        needs=["teacher-cnn"],
+        "E2c", "cache", CACHE(f"{CIFAR}/cnn-to-vit.yaml"), 1, needs=["teacher-cnn"],
     )
     | seeds(
         "E2c", "strong-cached", f"{VIT} --cache {{out}}/cache-{{seed}} --set cache.views=16", 1,
