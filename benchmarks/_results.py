@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from _document import put
-from _plan import Run
+from _intervals import interval
+from _plan import TIERS, Run
 
 HERE = Path(__file__).parents[1]
 PAGE = HERE / "docs" / "results.md"
-# Student's t, 97.5 % quantile, by degrees of freedom.
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
 KEPT = (  # of a result.json
     "top1", "val_top1", "nll", "ece", "epochs", "steps", "seconds", "images_per_second",
     "parameters", "flops", "memory",
@@ -67,12 +66,15 @@ def recorded(plan: Mapping[str, Run], out: Path, where: Mapping[str, Any]) -> di
 
 
 def kept(tier: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """These results, and earlier ones of runs that are not there; what is the same stays."""
+    """These results, and earlier ones of runs of the plan that are not there, in its order.
+
+    What is the same keeps the device that it was made on.
+    """
     place = HERE / "benchmarks" / "results" / f"proof-{tier}.json"
     old = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
     same = {name for name, run in found.items() if old.get(name, {}).get("sha256") == run["sha256"]}
     new = {name: old[name] if name in same else run for name, run in found.items()}
-    both = old | new
+    both = {name: run for name in TIERS[tier] if (run := new.get(name, old.get(name)))}
     place.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
     return both
 
@@ -98,11 +100,8 @@ def gain(
     """By how many points one side is ahead of the other, paired by seed, and its 95 % interval."""
     both = sorted(one.keys() & other.keys())
     points = [100 * (one[seed]["found"]["top1"] - other[seed]["found"]["top1"]) for seed in both]
-    mean = statistics.mean(points)
-    if len(points) < 2:
-        return mean, None
-    half = T[len(points) - 1] * statistics.stdev(points) / len(points) ** 0.5
-    return mean, (mean - half, mean + half)
+    mean, half = interval(points)
+    return mean, None if half is None else (mean - half, mean + half)
 
 
 def tables(found: Mapping[str, Any]) -> str:

@@ -39,11 +39,11 @@ from typing import Any
 import _setting
 import numpy as np
 import torch
+from _intervals import interval
 from _meters import machine
 from _peers import PEERS
 from _setting import TEST, Setting
 from _timing import cpu_seconds
-from gain import T
 from torch import Tensor, nn
 
 from distill.data import official
@@ -260,14 +260,6 @@ def same(options: argparse.Namespace) -> Row:
         "pair": "→".join(PAIR), "images": options.images, "epochs": options.epochs,
         "test": options.test,
     }  # fmt: skip
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of its 95 % interval over seeds (Student's t), of several."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, T[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def ahead(one: Mapping[int, Row], other: Mapping[int, Row]) -> str:

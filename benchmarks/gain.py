@@ -9,15 +9,13 @@ the initial weights of teacher, student and baseline.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 
+from _intervals import interval
+
 from distill.engine.train import train
 from distill.recipe import Recipe
-
-# Student's t, 97.5 % quantile, by degrees of freedom.
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def main() -> None:
@@ -49,11 +47,10 @@ def main() -> None:
             f"| {result.baseline['top1']:.2%} | {gains[-1]:+.2f} | {low:+.2f} to {high:+.2f} |",
             flush=True,
         )
-    if len(gains) > 1:
-        half = T[len(gains) - 1] * statistics.stdev(gains) / len(gains) ** 0.5
-        mean = statistics.mean(gains)
-        interval = f"{mean - half:+.2f} to {mean + half:+.2f}"
-        print(f"\nmean gain {mean:+.2f} points, 95 % interval over seeds {interval}")
+    mean, half = interval(gains)
+    if half is not None:
+        ends = f"{mean - half:+.2f} to {mean + half:+.2f}"
+        print(f"\nmean gain {mean:+.2f} points, 95 % interval over seeds {ends}")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from _intervals import interval
+
 from distill import yamlio
 from distill.engine import machine
 from distill.engine.train import train
 from distill.recipe import Recipe
 
 HERE = Path(__file__).parents[1] / "recipes" / "fashion-mnist"
-# Student's t, 97.5 % quantile, by degrees of freedom.
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "cnn": {
@@ -206,9 +206,9 @@ def table(direction: str, rows: dict[str, list[float]]) -> None:
         line = f"| {method} | {statistics.mean(values):.1f} |"
         if "alone" in rows and method != "alone":
             gains = [a - b for a, b in zip(values, rows["alone"], strict=True)]
-            mean = statistics.mean(gains)
-            half = T[len(gains) - 1] * statistics.stdev(gains) / len(gains) ** 0.5
-            line += f" {mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) |"
+            mean, half = interval(gains)
+            ends = "one seed" if half is None else f"{mean - half:+.1f} to {mean + half:+.1f}"
+            line += f" {mean:+.1f} ({ends}) |"
         else:
             line += " |"
         print(line, flush=True)

@@ -31,6 +31,7 @@ def test_the_page_says_what_was_recorded(tier: str) -> None:
     page = _results.PAGE.read_text(encoding="utf-8")
     found = recorded(tier)
     assert _document.put(page, f"proof-{tier}", _results.tables(found)) == page
+    assert list(found) == [name for name in _plan.TIERS[tier] if name in found]
     for name, run in found.items():
         assert len(str(run["sha256"])) == 64, name
 
