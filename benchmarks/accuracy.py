@@ -13,9 +13,8 @@ after the last epoch are scored on the 10,000 test images, all by the same code.
 what had to be changed of the programs.
 
 What their options leave different: mdistiller and RepDistiller have no Nesterov momentum and no
-cosine, which they get as stages, epoch by epoch; ours has no momentum without Nesterov; timm has no
-crop with a border; torchdistill leaves the teacher in train mode. Each of these is measured: the
-side beside it has it otherwise.
+cosine, which they get as stages, epoch by epoch; timm has no crop with a border; torchdistill
+leaves the teacher in train mode. Each of these is measured: the side beside it has it otherwise.
 
 What stands in benchmarks/results/accuracy.jsonl is not run again. `--quick` shows on a few images
 that all works; its figures mean nothing.
@@ -66,7 +65,7 @@ SIDES: dict[str, dict[str, Any]] = {  # what _variant.py is told of a peer, or h
     "torchdistill": {"name": "torchdistill", "settled": False},
     "mdistiller": {"name": "mdistiller"},
     "RepDistiller": {"name": "RepDistiller"},
-    "distill, without Nesterov": {"recipe": "live", "classical": True},
+    "distill, without Nesterov": {"recipe": "live", "set": "optimizer.nesterov=false"},
     "torchdistill, teacher in eval mode": {"name": "torchdistill", "settled": True},
     "timm, without the crop": {"name": "timm", "cropped": False},
 }
@@ -82,18 +81,6 @@ ALIKE = (  # sides between which nothing differs but the toolkit, or but the one
     (OURS, "distill, labels alone", "teacher"),
 )
 TEACHER = ("teacher", "teacher, in train mode")
-# `distill` with the one thing changed that it has no option for.
-CLASSICAL = """
-import torch
-
-class SGD(torch.optim.SGD):
-    def __init__(self, *args, nesterov, **keys):
-        super().__init__(*args, **keys)
-
-torch.optim.SGD = SGD
-from distill.__main__ import main
-main()
-"""
 
 Row = dict[str, Any]
 
@@ -150,10 +137,10 @@ def run(command: Sequence[str], folder: Path, name: str, path: str = "") -> floa
 def ours(setting: Setting, folder: Path, name: str) -> tuple[Network, float]:
     """What `distill train` makes of a recipe, and the seconds that it takes."""
     how = SIDES.get(name, {"recipe": "alone"})
-    start = ["-c", CLASSICAL] if how.get("classical") else ["-m", "distill"]
     out = folder / "runs" / name
     recipe = setting.recipe(folder, how["recipe"])
-    words = [sys.executable, *start, "train", str(recipe), "--out", str(out), "--workers", "0"]
+    words = [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(out)]
+    words += ["--workers", "0", *(("--set", how["set"]) if "set" in how else ())]
     seconds = run(words, folder, name)
     return weights.load(out), seconds
 

@@ -223,13 +223,17 @@ def _short(recipe: Recipe, epochs: int | None) -> Recipe:
     """The recipe of the proxy students: the same in fewer epochs, each with a view of its own."""
     whole = recipe.train.epochs
     fewer = min(whole, epochs or max(EPOCHS, whole // 10))
-    warmup = recipe.optimizer.warmup_epochs * fewer / whole
+    optimizer = recipe.optimizer
+    scaled = {
+        "warmup_epochs": optimizer.warmup_epochs * fewer / whole,
+        "milestones": [milestone * fewer / whole for milestone in optimizer.milestones],
+    }
     cache = recipe.cache
     assert cache is not None
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update={"epochs": fewer, "eval_epochs": fewer}),
-            "optimizer": recipe.optimizer.model_copy(update={"warmup_epochs": warmup}),
+            "optimizer": optimizer.model_copy(update=scaled),
             "cache": cache.model_copy(update={"views": min(cache.views or fewer, fewer)}),
         }
     )

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from distill import component, recipe_file, yamlio
 from distill.component import Count, Location, Positive
 from distill.errors import RecipeError
-from distill.remote import is_remote
 from distill.sections import (
     OUTSIDE_MODELS,
     Augmentation,
@@ -43,6 +42,16 @@ __all__ = [
     "json_schema",
 ]
 
+# Keys that earlier versions had not, and what says the same as none: digests stay what they were.
+_LATER = [
+    (name, key, section.model_fields[key].default)
+    for name, section, keys in (
+        ("data", Data, ("control", "shuffle_shards", "decoder")),
+        ("optimizer", Optimizer, ("nesterov", "milestones", "gamma")),
+        ("train", Train, ("sync_batchnorm",)),
+    )
+    for key in keys
+]
 MOST_VIEWS = 50  # as good as 400 over 150 epochs of ImageNet (Faghri et al. 2023, arXiv:2303.08983)
 
 
@@ -134,14 +143,10 @@ class Recipe(Section):
             del data["data"][key]  # the last two only refuse
         if self.transfers:
             data["data"]["transfer"] = True
-        for key in ("control", "shuffle_shards"):  # of later versions
-            if data["data"][key] is None:
-                del data["data"][key]
-        if self.data.decoder == "exact":
-            del data["data"]["decoder"]
+        for section, name, default in _LATER:
+            if data[section][name] == default:
+                del data[section][name]
         del data["train"]["deterministic"]  # of last bits; checkpoints compare it
-        if not self.train.sync_batchnorm:
-            del data["train"]["sync_batchnorm"]
         if self.cache is None:
             del data["cache"]
         else:
@@ -306,32 +311,6 @@ def _constant(term: str, name: str, default: bool) -> bool:
     return default if definition is None else bool(definition.constants.get(name, default))
 
 
-def _contradictions_of_data(data: Data) -> Iterator[tuple[str, str]]:
-    """Keys that the kind of set does not have, or needs."""
-    far = is_remote(data.root or "")
-    if data.split_file and data.name != "folder":
-        yield "split_file", "only a folder of images has one"
-    if data.shuffle_shards and data.name != "webdataset":
-        yield "shuffle_shards", "only webdataset has shards"
-    if data.manifest and data.name.partition("/")[0] not in ("folder", "webdataset", "hf"):
-        yield "manifest", "only images in files have one"
-    if far and data.name != "webdataset":
-        yield "root", "only the shards of webdataset are read from an object store"
-    elif far and not data.shuffle_shards and not data.transfer:
-        yield (
-            "shuffle_shards",
-            "required for shards in an object store, which are fetched whole, a few at a time: "
-            "such as 16",
-        )
-    if data.shuffle_shards and data.transfer:
-        yield "shuffle_shards", "the images of data.transfer lie in a folder, not in shards"
-    if data.shuffle_shards and (data.mixup or data.cutmix):
-        yield (
-            "shuffle_shards",
-            "mixup and cutmix take an image's partner from the whole set: leave it out, or them",
-        )
-
-
 def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, str]]:
     """Keys that are right one by one and wrong together."""
     data, train, cache = recipe.data, recipe.train, recipe.cache
@@ -372,11 +351,12 @@ def _contradictions(recipe: Recipe, at: Location) -> Iterator[tuple[Location, st
             (*at, "train", "batch_size"),
             "must be even: mixup and cutmix pair the images of a batch",
         )
-    if recipe.optimizer.warmup_epochs > train.epochs:
-        yield (*at, "optimizer", "warmup_epochs"), f"longer than the run's {train.epochs} epochs"
+    for place, what in recipe.optimizer.contradictions(train.epochs):
+        yield (*at, "optimizer", *place), what
     if data.name != "digits" and not data.name.startswith("hf/") and data.root is None:
         yield (*at, "data", "root"), f"required for {data.name}"
-    yield from (((*at, "data", key), what) for key, what in _contradictions_of_data(data))
+    for place, what in data.contradictions():
+        yield (*at, "data", *place), what
     if data.transfer and data.val:
         yield (
             (*at, "data", "val"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
@@ -50,18 +51,29 @@ def value(schedule: Schedule, progress: float) -> float:
     return schedule.start + (schedule.end - schedule.start) * _eased(t, schedule.shape)
 
 
-def learning_rate(progress: float, *, warmup: float, shape: str) -> float:
+def learning_rate(
+    progress: float,
+    *,
+    warmup: float,
+    shape: str,
+    milestones: Sequence[float] = (),
+    gamma: float = 1.0,
+) -> float:
     """The factor on the learning rate at `progress`, in [0, 1].
 
     Args:
         progress: Finished fraction of the run in [0, 1].
         warmup: Fraction of the run that rises linearly from 0 to 1.
-        shape: Fall after the warm-up: "cosine" or "linear" to 0, or "constant".
+        shape: Fall after the warm-up: "cosine" or "linear" to 0, "constant", or "step".
+        milestones: Of "step", as `progress`: from each of them on, within the warm-up too, the
+            rate is `gamma` times as high.
+        gamma: Of "step".
     """
-    if progress < warmup:
-        return progress / warmup
-    if shape == "constant":
-        return 1.0
+    rise = progress / warmup if progress < warmup else 1.0
+    if shape == "step":  # a product and no power, which would round other than torch's MultiStepLR
+        return rise * math.prod(gamma for milestone in milestones if progress >= milestone)
+    if progress < warmup or shape == "constant":
+        return rise
     return 1.0 - _eased((progress - warmup) / max(1.0 - warmup, 1e-12), shape)
 
 

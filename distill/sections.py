@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -16,8 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from distill.component import Count, NonNegative, Positive
-from distill.schedule import Schedule
+from distill.component import Count, Location, NonNegative, Positive
+from distill.remote import is_remote
+from distill.schedule import Schedule, learning_rate
 
 # Names of models that other libraries hold, and that only those libraries can check.
 OUTSIDE_MODELS = ("timm/", "torchvision/")
@@ -121,6 +124,32 @@ class Data(Section):
     max_pixels: Count = Field(64_000_000, description="an image with more counts as bad")
     seed: Annotated[int, Ge(0)] = Field(0, description="decides splits and views")
 
+    def contradictions(self) -> Iterator[tuple[Location, str]]:
+        """Keys that the kind of set does not have, or needs."""
+        far = is_remote(self.root or "")
+        if self.split_file and self.name != "folder":
+            yield ("split_file",), "only a folder of images has one"
+        if self.shuffle_shards and self.name != "webdataset":
+            yield ("shuffle_shards",), "only webdataset has shards"
+        if self.manifest and self.name.partition("/")[0] not in ("folder", "webdataset", "hf"):
+            yield ("manifest",), "only images in files have one"
+        if far and self.name != "webdataset":
+            yield ("root",), "only the shards of webdataset are read from an object store"
+        elif far and not self.shuffle_shards and not self.transfer:
+            yield (
+                ("shuffle_shards",),
+                "required for shards in an object store, which are fetched whole, a few at a time: "
+                "such as 16",
+            )
+        if self.shuffle_shards and self.transfer:
+            yield ("shuffle_shards",), "the images of data.transfer lie in a folder, not in shards"
+        if self.shuffle_shards and (self.mixup or self.cutmix):
+            yield (
+                ("shuffle_shards",),
+                "mixup and cutmix take an image's partner from the whole set: leave it out, or "
+                "them",
+            )
+
 
 class Model(Component):
     """A network by name: our own, `timm/NAME`, `torchvision/NAME` or `module:function`."""
@@ -182,14 +211,52 @@ class Optimizer(Section):
     lr: Annotated[float, Gt(0), Lt(3.4e38)] = Field(
         description="peak learning rate, for the global batch"
     )
-    momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="sgd (Nesterov) and muon")
+    momentum: Annotated[float, Ge(0), Lt(1)] = Field(0.9, description="of sgd and muon")
+    nesterov: bool = Field(
+        True, description="of sgd and muon: the momentum looks ahead; false: it is the plain one"
+    )
     weight_decay: NonNegative = 0.0
     decay: Literal["all", "matrices"] | None = Field(
         None, description="what decays; left out: all for sgd, matrices for the others"
     )
     warmup_epochs: NonNegative = 0.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    milestones: list[Positive] = Field(
+        [], description="step: finished epochs after each of which the rate is gamma times as high"
+    )
+    gamma: Annotated[float, Gt(0), Lt(1)] = Field(0.1, description="of schedule: step")
     clip_norm: Positive | None = Field(None, description="limit on the norm of all gradients")
+
+    def rate(self, progress: float, epochs: int) -> float:
+        """The learning rate at `progress`, the finished fraction in [0, 1] of so many epochs."""
+        return self.lr * learning_rate(
+            progress,
+            warmup=self.warmup_epochs / epochs,
+            shape=self.schedule,
+            milestones=[milestone / epochs for milestone in self.milestones],
+            gamma=self.gamma,
+        )
+
+    def contradictions(self, epochs: int) -> Iterator[tuple[Location, str]]:
+        """Keys that are right one by one and wrong together, in a run of so many epochs."""
+        if not self.nesterov and self.name not in ("sgd", "muon"):
+            yield ("nesterov",), f"only sgd and muon have it, and {self.name} has none to leave out"
+        if self.warmup_epochs > epochs:
+            yield ("warmup_epochs",), f"longer than the run's {epochs} epochs"
+        if self.schedule != "step":
+            if self.milestones:
+                yield ("milestones",), f"only schedule: step has them, and this is {self.schedule}"
+            if self.gamma != type(self).model_fields["gamma"].default:
+                yield ("gamma",), f"only schedule: step has it, and this is {self.schedule}"
+        elif not self.milestones:
+            yield ("milestones",), "required for schedule: step, such as [150, 180, 210]"
+        for i, (before, milestone) in enumerate(pairwise([0.0, *self.milestones])):
+            if milestone <= before:
+                what = f"must be greater than the one before it, {before:g}, got {milestone:g}"
+                yield ("milestones", i), what
+            if milestone >= epochs:
+                what = f"must be less than the run's {epochs} epochs, got {milestone:g}"
+                yield ("milestones", i), what
 
 
 class Train(Section):

@@ -271,17 +271,18 @@ def _nearest(n: int, images: Images, data: Data) -> Size:
 def resized(recipe: Recipe, size: Size, *, own: int) -> Recipe:
     """The recipe on fewer images, for as many optimizer steps as on its `own` number of them.
 
-    Steps are whole epochs of the part, so that they differ by less than one. The warm-up is the
-    same part of the run, and the validation split is looked at once, at the end.
+    Steps are whole epochs of the part, so that they differ by less than one. Warm-up and
+    milestones are the same parts of the run; the validation split is looked at once, at the end.
     """
     train = recipe.train
     before, now = (max(1, n // train.batch_size) for n in (own, size.images))
     epochs = max(1, round(train.epochs * before / now))
-    warmup = recipe.optimizer.warmup_epochs * (epochs / train.epochs)
+    longer = epochs / train.epochs
     return recipe.changed(
         {
             "data.fraction": size.fraction,
-            "optimizer.warmup_epochs": min(warmup, float(epochs)),
+            "optimizer.warmup_epochs": min(recipe.optimizer.warmup_epochs * longer, float(epochs)),
+            "optimizer.milestones": [one * longer for one in recipe.optimizer.milestones],
             "train.epochs": epochs,
             "train.eval_epochs": epochs,
         }

@@ -127,10 +127,11 @@ def test_parts_are_nested_balanced_and_as_near_as_can_be(recipe: Recipe, tmp_pat
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0, 4.0])
-def test_steps_are_equal_and_the_warm_up_is_the_same_part(
+def test_steps_are_equal_and_the_warm_up_and_milestones_are_the_same_parts(
     recipe: Recipe, tmp_path: Path, warmup: float
 ) -> None:
-    recipe = recipe.changed({"data.fraction": 1.0, "optimizer.warmup_epochs": warmup})
+    steps_at = {"optimizer.schedule": "step", "optimizer.milestones": [2.0, 3.5]}
+    recipe = recipe.changed({"data.fraction": 1.0, "optimizer.warmup_epochs": warmup, **steps_at})
     planned = plan({"student": recipe}, tmp_path / "x", sizes=(30, 50, 130, 400, 790, 810))
     steps = 4 * (810 // 20)
     for curve in planned.curves:
@@ -140,6 +141,8 @@ def test_steps_are_equal_and_the_warm_up_is_the_same_part(
             assert abs(own.train.epochs * per_epoch - steps) < per_epoch
             part = own.optimizer.warmup_epochs / own.train.epochs
             assert part == pytest.approx(warmup / 4)
+            places = [milestone / own.train.epochs for milestone in own.optimizer.milestones]
+            assert places == pytest.approx([2.0 / 4, 3.5 / 4])
             assert own.train.eval_epochs == own.train.epochs
     last = planned.curves[0].students[-1][0].trial.recipe
     assert last.optimizer == recipe.optimizer

@@ -110,7 +110,8 @@ def test_an_ensemble_is_what_its_members_would_teach_together() -> None:
 
 
 def test_a_students_is_the_one_that_its_own_run_trains(recipe: Recipe, tmp_path: Path) -> None:
-    measured(recipe, tmp_path / "out")
+    steps = {"optimizer.schedule": "step", "optimizer.milestones": [2.0, 3.0]}
+    measured(recipe.changed(steps), tmp_path / "out")
     trials = sorted((tmp_path / "out" / "trials").iterdir())
     assert {trial.name for trial in trials} == {
         "good_seed-3",
@@ -120,6 +121,9 @@ def test_a_students_is_the_one_that_its_own_run_trains(recipe: Recipe, tmp_path:
     }
     for trial in trials:
         own = Recipe.load(trial / "recipe.yaml")
+        # Half as long, with all at the same part of it.
+        assert (own.train.epochs, recipe.train.epochs) == (2, 4)
+        assert (own.optimizer.warmup_epochs, own.optimizer.milestones) == (0.5, [1.0, 1.5])
         train(own, tmp_path / trial.name, workers=0)
         ours, expected = (
             safetensors.torch.load_file(run / "student.safetensors")

@@ -138,6 +138,42 @@ def test_every_fault_at_once_with_its_file_line_and_key(write: Callable[..., Pat
         (("patch_size: 2", "weight: 2"), "student.weight: unknown key"),
         (("{term: ce, weight: 0.1}", "{term: kd}"), "a second term 'kd': give one a `name:`"),
         (("lr: 1e-3", "lr: 1e-3, warmup_epochs: 4"), "longer than the run's 3 epochs"),
+        (
+            ("lr: 1e-3", "lr: 1e-3, nesterov: false"),
+            "student.yaml:13: optimizer.nesterov: only sgd and muon have it, and adamw has none",
+        ),
+        (
+            ("lr: 1e-3", "lr: 1e-3, schedule: step"),
+            "student.yaml:13: optimizer.milestones: required for schedule: step, such as",
+        ),
+        (
+            ("lr: 1e-3", "lr: 1e-3, milestones: [1]"),
+            "student.yaml:13: optimizer.milestones: only schedule: step has them",
+        ),
+        (
+            ("lr: 1e-3", "lr: 1e-3, gamma: 0.2"),
+            "student.yaml:13: optimizer.gamma: only schedule: step has it, and this is cosine",
+        ),
+        (
+            ("lr: 1e-3", "lr: 1e-3, schedule: step, milestones: [2, 1]"),
+            "optimizer.milestones.1: must be greater than the one before it, 2, got 1",
+        ),
+        (
+            ("lr: 1e-3", "lr: 1e-3, schedule: step, milestones: [1, 1]"),
+            "optimizer.milestones.1: must be greater than the one before it, 1, got 1",
+        ),
+        (
+            ("lr: 1e-3", "lr: 1e-3, schedule: step, milestones: [1, 3]"),
+            "optimizer.milestones.1: must be less than the run's 3 epochs, got 3",
+        ),
+        (
+            ("lr: 1e-3", "lr: 1e-3, schedule: step, milestones: [0, 1]"),
+            "optimizer.milestones.0: should be greater than 0",
+        ),
+        (
+            ("lr: 1e-3", "lr: 1e-3, schedule: step, milestones: [1], gamma: 1"),
+            "optimizer.gamma: should be less than 1",
+        ),
         (("name: digits", "name: cifar10"), "data.root: required for cifar10"),
         (("name: digits", "name: folder"), "data.root: required for folder"),
         (("name: digits", "name: digits\n  split_file: a"), "only a folder of images has one"),
@@ -352,10 +388,13 @@ CHANGES = [
     "optimizer.name=sgd",
     "optimizer.lr=0.2",
     "optimizer.momentum=0.8",
+    "optimizer.nesterov=false",
     "optimizer.weight_decay=0",
     "optimizer.decay=all",
     "optimizer.warmup_epochs=1",
     "optimizer.schedule=linear",
+    "optimizer.milestones=[1]",
+    "optimizer.gamma=0.5",
     "optimizer.clip_norm=1",
     "train.epochs=4",
     "train.batch_size=8",
@@ -371,9 +410,14 @@ def test_the_digest_knows_everything_else(write: Callable[..., Path]) -> None:
     base = ["data.root=here", "objective.1.weight.shape=cosine"]
     path = write()
     needs_no_teacher = ["objective=[{term: ce}]"]
+    needs = {
+        "optimizer.nesterov=false": ["optimizer.name=sgd"],
+        "optimizer.milestones=[1]": ["optimizer.schedule=step"],
+        "optimizer.gamma=0.5": ["optimizer.schedule=step", "optimizer.milestones=[1]"],
+    }
     digests = {Recipe.load(path, base).digest()}
     for change in CHANGES:
-        more = needs_no_teacher if change == "teachers=[]" else []
+        more = needs_no_teacher if change == "teachers=[]" else needs.get(change, [])
         if "pretrained" in change and change.startswith("student"):
             more = ["student={model: timm/vit_tiny_patch16_224}"]
             digests.add(Recipe.load(path, [*base, *more]).digest())
@@ -387,6 +431,18 @@ def test_the_digest_knows_everything_else(write: Callable[..., Path]) -> None:
     for name, section in {"data": Data, "optimizer": Optimizer, "train": Train}.items():
         touched = {c.partition("=")[0].split(".")[1] for c in CHANGES if c.startswith(f"{name}.")}
         assert touched == set(section.model_fields) - places
+
+
+def test_a_key_of_a_later_version_that_says_nothing_new_leaves_the_digest(
+    write: Callable[..., Path],
+) -> None:
+    path = write()
+    assert Recipe.load(path).digest() == (
+        "d37481f0f3bb79224bb741661a2919f2811d8d342e73a8dc28fe26efe6ea9c0e"
+    )
+    for change in ("optimizer.nesterov=true", "optimizer.milestones=[]", "optimizer.gamma=0.1"):
+        spelled = [change, f"teachers.0.recipe.{change}"]
+        assert Recipe.load(path, spelled).digest() == Recipe.load(path).digest()
 
 
 @settings(deadline=None, max_examples=50)

@@ -17,24 +17,25 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data.imagenet_info import ImageNetInfo
 
-from distill import models
+from distill import models, schedule
 from distill.engine.preflight import rehearse
 from distill.engine.train import train
 from distill.models.weights import to_bytes
-from distill.recipe import Model, Recipe, Teacher
+from distill.recipe import Model, Optimizer, Recipe, Teacher
 from tests.cli.conftest import process
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in RECIPES]
 IMAGENET = [path for path in RECIPES if path.parent.name == "imagenet"]
+CIFAR100 = {path.stem: path for path in RECIPES if path.parent.name == "cifar100"}
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 of_imagenet = pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
 
 
 def test_they_are_all_there() -> None:
-    assert len(RECIPES) >= 29
+    assert len(RECIPES) >= 36
     assert len(RECIPES) == len(list((ROOT / "recipes").rglob("*.y*ml")))
     pairs = {f"{a}-to-{b}.yaml" for a in ("cnn", "vit") for b in ("cnn", "vit")}
     for folder in ("cifar10", "fashion-mnist"):
@@ -75,7 +76,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few random images in the official formats: four a class to train on, two to test on."""
     home, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     fashion, cifar = home / "FashionMNIST" / "raw", home / "cifar-10-batches-bin"
-    for folder in (fashion, cifar):
+    hundred = home / "cifar-100-binary"
+    for folder in (fashion, cifar, hundred):
         folder.mkdir(parents=True)
     for name, count in (("train", 40), ("t10k", 20)):
         pixels = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
@@ -87,6 +89,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         first = 0 if name == "test_batch" else 8 * (int(name[-1]) - 1)
         records[:, 0] = (first + np.arange(count)) % 10
         (cifar / f"{name}.bin").write_bytes(records.tobytes())
+    for name, count in (("train", 40), ("test", 20)):
+        records = draw.integers(0, 256, (count, 2 + 3 * 32 * 32), dtype=np.uint8)
+        records[:, 1] = 10 * (np.arange(count) % 10)
+        (hundred / f"{name}.bin").write_bytes(records.tobytes())
     for split in ("train", "val"):
         for name in ("n01440764", "n01443537"):  # the first two of ImageNet's synsets
             folder = home / "imagenet" / split / name
@@ -128,6 +134,7 @@ def shrunken(recipe: Recipe, home: Path, at: str = "") -> Iterator[str]:
         "train.batch_size": 8,
         "train.precision": "fp32",
         "optimizer.warmup_epochs": 0,
+        "optimizer.milestones": [one / recipe.train.epochs for one in recipe.optimizer.milestones],
     }
     if recipe.data.name == "digits":
         changes["data.fraction"] = 0.02
@@ -164,6 +171,36 @@ def test_it_trains_two_steps_on_a_few_images(path: Path, home: Path) -> None:
         if spec.recipe is None:
             continue
         assert json.loads((Path(teacher["run"]) / "result.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("name", sorted(CIFAR100))
+def test_it_has_the_settings_that_were_published(name: str) -> None:
+    recipe = Recipe.load(CIFAR100[name])
+    assert recipe.optimizer == Optimizer(
+        name="sgd", lr=0.05, momentum=0.9, nesterov=False, weight_decay=5e-4, decay=None,
+        schedule="step", milestones=[150, 180, 210], gamma=0.1,
+    )  # fmt: skip
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.precision) == (
+        240,
+        64,
+        "fp32",
+    )
+    assert (recipe.data.val, recipe.data.fraction) == (0, 1)
+    assert [spec.model_dump() for spec in recipe.data.augment] == [
+        {"name": "crop", "padding": None},  # an eighth of the image: four zeros
+        {"name": "flip", "probability": 0.5},
+    ]
+    teacher, _, student = name.removesuffix("-dkd").partition("-to-")
+    assert recipe.student.model == (student or teacher.removeprefix("teacher-")).replace("-", "_")
+    assert [spec.name for spec in recipe.teachers] == [f"teacher-{teacher}"] * bool(student)
+
+
+def test_dkd_is_as_heavy_in_the_middle_of_each_epoch_as_was_published() -> None:
+    ce, dkd = Recipe.load(CIFAR100["resnet32x4-to-resnet8x4-dkd"]).objective
+    assert (ce.weight, dkd.arguments) == (1, {"alpha": 1, "beta": 8, "temperature": 4})
+    for epoch in range(1, 241):
+        published = min(epoch / 20, 1)
+        assert schedule.value(dkd.weight, (epoch - 0.5) / 240) == pytest.approx(published)
 
 
 @of_imagenet

@@ -4,10 +4,12 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from distill.recipe import Optimizer
 from distill.schedule import Ramp, Schedule, learning_rate, value
 
 progress = st.floats(0, 1)
@@ -81,3 +83,39 @@ def test_the_learning_rate_without_and_with_nothing_but_warmup(shape: str) -> No
     assert learning_rate(0.0, warmup=0.0, shape=shape) == 1.0
     assert learning_rate(0.5, warmup=1.0, shape=shape) == 0.5
     assert learning_rate(1.0, warmup=1.0, shape=shape) == 1.0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(2, 40).flatmap(
+        lambda epochs: st.tuples(
+            st.just(epochs), st.sets(st.integers(1, epochs - 1), min_size=1, max_size=5)
+        )
+    ),
+    st.integers(1, 7),
+    st.floats(0.01, 0.99),
+)
+@example((240, {150, 180, 210}), 3, 0.1)
+def test_steps_are_those_of_torch_to_the_bit(
+    run: tuple[int, set[int]], steps_per_epoch: int, gamma: float
+) -> None:
+    epochs, milestones = run[0], sorted(run[1])
+    spec = Optimizer(lr=1.0, schedule="step", milestones=milestones, gamma=gamma)
+    reference = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(reference, milestones, gamma)
+    for epoch in range(epochs):
+        expected = scheduler.get_last_lr()[0]
+        for step in range(steps_per_epoch):
+            progress = (epoch * steps_per_epoch + step + 0.5) / (epochs * steps_per_epoch)
+            assert spec.rate(progress, epochs) == expected
+        assert spec.rate(epoch / epochs, epochs) == expected  # the boundary has the lower one
+        reference.step()
+        scheduler.step()
+
+
+@settings(deadline=None)
+@given(progress, st.floats(0.01, 0.9))
+def test_steps_and_the_warm_up_multiply(at: float, warmup: float) -> None:
+    steps = {"shape": "step", "milestones": [0.4, 0.7], "gamma": 0.5}
+    rise = learning_rate(at, warmup=warmup, shape="constant")
+    assert learning_rate(at, warmup=warmup, **steps) == rise * learning_rate(at, warmup=0, **steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -18,6 +19,7 @@ from distill.models import cost, weights
 from distill.recipe import Recipe
 
 DATA_WAIT = 0.1  # of the time, from which on it is said
+OUTDONE = 0.02  # by which a student beats a teacher that is a poor one
 
 
 def _slow_data(data_wait: float, recipe: Recipe, session: Session, here: Machine) -> list[str]:
@@ -45,6 +47,19 @@ def _test_scores(
     if tutor.network is None:
         return {}
     return taught(tutor, answers(tutor.network, "test", recipe, dataset, here))._asdict()
+
+
+def _outdone(teachers: Sequence[Mapping[str, Any]], top1: float) -> list[str]:
+    """Warn where the student is clearly better than all of its teachers."""
+    best = max((one["top1"] for one in teachers if "top1" in one), default=1.0)
+    if top1 <= best + OUTDONE:
+        return []
+    said = (
+        f"the student is right on {top1:.1%} of the test images and no teacher on more than "
+        f"{best:.1%}: it may be held back; --baseline shows what it does without"
+    )
+    console.warn(said)
+    return [said]
 
 
 def finish(
@@ -87,7 +102,11 @@ def finish(
         flops=cost.flops(student, dataset.image_size),
         run=str(run.path),
         identity=session.identity,
-        warnings=[*counter.warnings, *_slow_data(data_wait, recipe, session, here)],
+        warnings=[
+            *counter.warnings,
+            *_slow_data(data_wait, recipe, session, here),
+            *_outdone(teachers, values["top1"]),
+        ],
     )
     if here.main:
         storage.write(run.student, weights.to_bytes(student))

@@ -246,11 +246,7 @@ class Training:
         """Set all that follows from the step alone: learning rate, dropout's seed, loss weights."""
         recipe, session, here = self.recipe, self.session, self.here
         progress = (self.step + 0.5) / self.total
-        spec = recipe.optimizer
-        factor = schedule.learning_rate(
-            progress, warmup=spec.warmup_epochs / recipe.train.epochs, shape=spec.schedule
-        )
-        self._lr = spec.lr * factor
+        self._lr = recipe.optimizer.rate(progress, recipe.train.epochs)
         optim.set_lr(session.optimizer, self._lr)
         # A function of the step, so that no generator's state has to be saved and put back.
         seed = ((recipe.train.seed << 42) + (self.step << 10) + here.rank) & ((1 << 63) - 1)

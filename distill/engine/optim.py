@@ -42,7 +42,7 @@ def build(module: nn.Module, spec: Optimizer, *, recordable: bool = False) -> to
     lr = torch.tensor(spec.lr, device=devices.pop()) if recordable else spec.lr
     match spec.name:
         case "sgd":
-            nesterov = spec.momentum > 0
+            nesterov = spec.nesterov and spec.momentum > 0
             return torch.optim.SGD(
                 settings, lr=lr, momentum=spec.momentum, nesterov=nesterov, fused=fused
             )
@@ -56,10 +56,10 @@ def build(module: nn.Module, spec: Optimizer, *, recordable: bool = False) -> to
 
             # It would clip at a norm of 1 by itself; the recipe's clip_norm says what is clipped.
             return Lamb(settings, lr=spec.lr, max_grad_norm=None)
-        case "muon":  # matrices and kernels are made orthogonal, all else moves by AdamW
+        case "muon":  # makes matrices and kernels orthogonal; all else moves by NAdamW or AdamW
             from timm.optim.muon import Muon
 
-            return Muon(settings, lr=spec.lr, momentum=spec.momentum, nesterov=True)
+            return Muon(settings, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

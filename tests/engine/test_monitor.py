@@ -186,7 +186,8 @@ def test_no_checkpoint_holds_what_is_not_finite(tmp_path: Path, stem: str, value
 
 def test_rows_carry_no_clock(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    sound = Recipe.load(tmp_path / "recipe.yaml", ["optimizer.lr=0.05"])
+    steps = ["optimizer.lr=0.05", "optimizer.schedule=step", "optimizer.milestones=[1, 2]"]
+    sound = Recipe.load(tmp_path / "recipe.yaml", steps)
     for name in ("one", "two"):
         train(sound, tmp_path / name)
     text = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
@@ -197,6 +198,7 @@ def test_rows_carry_no_clock(tmp_path: Path) -> None:
         "step", "epoch", "split", "loss", "ce", "lr", "weight_ce",
     }  # fmt: skip
     assert [(row["step"], row["epoch"]) for row in train_rows] == [(5, 1), (10, 2), (15, 3)]
+    assert [row["lr"] for row in train_rows] == pytest.approx([0.05, 0.005, 0.0005])
     assert {key for row in rows if row["split"] == "val" for key in row} == {
         "step", "epoch", "split", "top1", "top5", "nll", "ece",
     }  # fmt: skip

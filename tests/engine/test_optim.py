@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 
 from distill.engine import optim
@@ -145,12 +146,14 @@ def test_decay_shrinks_only_what_decays(small: Small, name: str) -> None:
             assert torch.equal(value, before[key]), key
 
 
-def test_sgd_has_nesterov_momentum(small: Small) -> None:
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_has_the_momentum_of_torch(small: Small, nesterov: bool) -> None:
     plain = copy.deepcopy(small)
-    optimizer = optim.build(small, spec("sgd", momentum=0.8))
+    keys = {} if nesterov else {"nesterov": False}
+    optimizer = optim.build(small, spec("sgd", momentum=0.8, **keys))
     reference = torch.optim.SGD(
         [p for p in plain.parameters() if p.requires_grad],
-        lr=LR["sgd"], momentum=0.8, weight_decay=0.1, nesterov=True,
+        lr=LR["sgd"], momentum=0.8, weight_decay=0.1, nesterov=nesterov,
     )  # fmt: skip
     fit(small, optimizer, 3)
     fit(plain, reference, 3)
@@ -164,6 +167,19 @@ def test_sgd_without_momentum_is_plain(small: Small) -> None:
     small.head.weight.grad = torch.ones_like(before)
     optimizer.step()
     torch.testing.assert_close(small.head.weight.detach(), before - LR["sgd"])
+
+
+def test_muon_has_nesterov_momentum_unless_it_is_told_not_to(small: Small) -> None:
+    plain, timms = copy.deepcopy(small), copy.deepcopy(small)
+    fit(small, optim.build(small, spec("muon")), 3)
+    fit(plain, optim.build(plain, spec("muon", nesterov=False)), 3)
+    groups = optim.build(timms, spec("muon")).param_groups
+    keys = ("params", "weight_decay", "use_fallback")
+    groups = [{key: group[key] for key in keys} for group in groups]
+    fit(timms, Muon(groups, lr=LR["muon"], momentum=0.9, nesterov=False), 3)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, timms.get_parameter(name))
+        assert torch.equal(parameter, small.get_parameter(name)) is ("frozen" in name)
 
 
 def test_lamb_is_the_formula_of_its_paper_and_clips_nothing() -> None:

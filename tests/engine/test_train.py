@@ -132,6 +132,9 @@ def test_a_teacher_worse_than_the_student_alone_is_warned_about(
     assert result.baseline is not None
     assert result.baseline["top1"] > result.teachers[0]["top1"]
     assert any("worse than the student without it" in text for text in result.warnings)
+    # So much worse that it shows in the student that was taught, without a baseline.
+    assert result.top1 > result.teachers[0]["top1"] + 0.02
+    assert any("no teacher on more than" in text for text in result.warnings)
 
 
 def test_an_unbalanced_objective_is_warned_about(
@@ -141,6 +144,7 @@ def test_an_unbalanced_objective_is_warned_about(
     result = train(Recipe.load(recipes(), overrides), tmp_path / "run")
     (warning,) = [text for text in result.warnings if "gradient" in text]
     assert "from the teacher" in warning
+    assert not any("no teacher on more than" in text for text in result.warnings)
 
 
 def test_several_teachers_are_one_ensemble(recipes: Callable[..., Path], tmp_path: Path) -> None:
