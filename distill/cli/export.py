@@ -44,6 +44,15 @@ Steps = Annotated[
         "preprocessing.json says how they are made.",
     ),
 ]
+Features = Annotated[
+    bool,
+    Option(
+        "--features",
+        help="onnx and torch-export also give the maps of the student's stages, stage0 (the "
+        "finest), stage1, ..., as the backbone of a detector. Not in int8; all other files, "
+        "serve.py too, are as without it.",
+    ),
+]
 Repository = Annotated[
     str | None,
     Option(
@@ -58,6 +67,7 @@ def export(
     format_: Formats = None,
     quantize: Quantize = None,
     preprocessing: Steps = "graph",
+    features: Features = False,
     out: Annotated[
         Path | None,
         Option(metavar="DIR", help="Where the files are put.", show_default="RUN/export"),
@@ -114,6 +124,7 @@ def export(
             calibration,
             latency,
             data_root,
+            features,
         )
         here = machine.setup(workers=workers)
         if not here.main:  # started several times; one exports
@@ -175,6 +186,13 @@ def _show(found: dict[str, Any]) -> None:
             accuracy,
         )
     console.out.print(table, highlight=False)
+    maps: list[dict[str, Any]] = next(
+        (file["stages"] for file in found["files"] if "stages" in file), []
+    )
+    for one in maps:
+        channels, rows, columns = one["shape"][1:]
+        text = f"{one['name']}: {channels} x {rows} x {columns}, stride {one['stride']:g}, of "
+        console.out.print(console.plain(text + one["module"]), highlight=False)
     beside = ", ".join(file["file"] for file in found["companions"])
     console.out.print(f"beside them: {beside}, export.json", "", highlight=False)
     if rows := found["latency"]:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from distill.diagnostics import UndefinedError
-from distill.diagnostics.tapped import tapped
+from distill.diagnostics.tapped import examined
 from distill.models.grids import Size
 from distill.models.network import Network
 from distill.types import Anatomy, AttentionSite
@@ -110,13 +110,22 @@ def locality(
     Returns:
         Each (B, A).
     """
-    queries, keys = distance.shape
-    cells = maps[..., -queries:, -keys:].double()
-    cells = cells / cells.sum(dim=-1, keepdim=True)  # NaN where nothing is left
+    keys = distance.shape[1]
+    cells = between(maps, *distance.shape)
     far = (cells * distance).sum(dim=-1).nanmean(dim=-1)
     close = (cells * near).sum(dim=-1).nanmean(dim=-1)
     entropy = torch.special.entr(cells).sum(dim=-1).nanmean(dim=-1)
     return Locality(far, far / distance.mean(), close, entropy, entropy / math.log(keys))
+
+
+def between(maps: Float[Tensor, "B A q k"], queries: int, keys: int) -> Float[Tensor, "B A Q K"]:
+    """The maps without the tokens in front of the cells, their rows adding up to 1 again.
+
+    In float64; NaN in the row of a cell that looks at nothing but those tokens.
+    """
+    cells = maps[..., -queries:, -keys:].double()
+    rows: Tensor = cells / cells.sum(dim=-1, keepdim=True)
+    return rows
 
 
 def distances(queries: Size, keys: Size, image: Size) -> Float[Tensor, "Q K"]:
@@ -166,9 +175,7 @@ def attending(network: Network, images: Float[Tensor, "N 3 H W"]) -> tuple[Netwo
     Raises:
         UndefinedError: If no layer makes maps between the cells of a grid.
     """
-    copied = tapped(network, ())
-    side = network.input_size
-    anatomy = copied.anatomy((side, side) if side else (images.shape[-2], images.shape[-1]))
+    copied, anatomy = examined(network, images)
     if not anatomy.attention:
         raise UndefinedError("it has no attention maps between the cells of a grid")
     copied.tap([site.name for site in anatomy.attention])
@@ -181,4 +188,4 @@ def at_once(sites: Sequence[AttentionSite], most: int) -> int:
         site.heads * math.prod(site.prefix + math.prod(grid) for grid in (site.queries, site.keys))
         for site in sites
     )
-    return max(1, min(most, _NUMBERS // numbers))
+    return max(1, min(most, _NUMBERS // max(1, numbers)))

@@ -54,6 +54,14 @@ def forgetful(module: Module) -> Module:
     return module.train().eval()
 
 
+def examined(network: Network, images: Float[Tensor, "B 3 H W"]) -> tuple[Network, Anatomy]:
+    """A copy of the network to tap, and what it computes of images of this size."""
+    copied = tapped(network, ())
+    height, width = images.shape[-2:]
+    side = network.input_size
+    return copied, copied.anatomy((side, side) if side else (height, width))
+
+
 def opened(
     network: Network, images: Float[Tensor, "B 3 H W"], *, most: int = MOST
 ) -> tuple[Network, tuple[Site, ...]]:
@@ -64,10 +72,7 @@ def opened(
         images: Of the size that it will be asked about.
         most: As `chosen` takes it.
     """
-    copied = tapped(network, ())
-    height, width = images.shape[-2:]
-    side = network.input_size
-    anatomy = copied.anatomy((side, side) if side else (height, width))
+    copied, anatomy = examined(network, images)
     sites = chosen(anatomy, most)
     copied.tap([site.name for site in sites] + [POOLED] * (anatomy.width > 0))
     return copied, sites

@@ -27,11 +27,12 @@ from distill.errors import (
     IdentityError,
     IncompatibleError,
     PreflightError,
+    RecipeError,
     VerificationError,
 )
 from distill.export import companions, latency, parity
-from distill.export.formats import DEFAULT, FORMATS, lacking, onnx, torch_export
-from distill.export.program import Pixels, Precision, Preprocessing, Student
+from distill.export.formats import DEFAULT, FORMATS, GRAPHS, lacking, onnx, torch_export
+from distill.export.program import Pixels, Precision, Preprocessing, Student, stages
 from distill.identity import require_known
 from distill.models import cost
 from distill.suites.subjects import evenly
@@ -58,6 +59,7 @@ class Options(NamedTuple):
     calibration: int = 256  # training images by which int8 sets its ranges
     latency: bool = True
     data_root: Path | None = None
+    features: bool = False  # whether graphs give the maps of the student's stages too
 
 
 def export(run: Path, out: Path, options: Options, here: Machine) -> dict[str, Any]:
@@ -71,10 +73,12 @@ def export(run: Path, out: Path, options: Options, here: Machine) -> dict[str, A
         and the paths of both, which stay on this machine.
 
     Raises:
+        RecipeError: If features are asked for in what cannot give them.
         PreflightError: If the run is not finished, a package is missing, or `out` is not ours.
         IncompatibleError: If a format that was asked for cannot hold this student.
         VerificationError: If a file does not say the same.
     """
+    _refuse_contradictions(options)
     require_finished([run])
     earlier = _listed(out)
     here = here._replace(device=torch.device("cpu"), rank=0, world=1)
@@ -85,7 +89,8 @@ def export(run: Path, out: Path, options: Options, here: Machine) -> dict[str, A
             raise error
     ids = evenly(len(one.dataset.test), options.images)
     shown = _pixels(one, one.dataset.test, ids, here)
-    known = parity.known(student.network, shown, one.dataset.test.labels[ids])
+    labels = one.dataset.test.labels[ids]
+    known = parity.known(student.network, shown, labels, student.stages)
     whole = _pictures(one, ids) if student.inside else Whole([], ids)
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -106,6 +111,21 @@ def export(run: Path, out: Path, options: Options, here: Machine) -> dict[str, A
         (aside / MARK).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         storage.publish(aside, out, first=MARK, stale=earlier)
     return about | {"run": str(run), "out": str(out)}
+
+
+def _refuse_contradictions(options: Options) -> None:
+    formats = options.formats or DEFAULT
+    if options.features and not set(GRAPHS).intersection(formats):
+        raise RecipeError(
+            f"--features: {' and '.join(formats)} give no maps",
+            hint=f"--format {','.join(GRAPHS)}",
+        )
+    if options.features and "int8" in options.quantize:
+        raise RecipeError(
+            "--features: not with --quantize int8: what eight bits do to accuracy is measured "
+            "here, what they do to a detector that is still to be trained is not",
+            hint="--quantize fp16, or the logits alone in int8, without --features",
+        )
 
 
 def _bytes(student: Student, options: Options) -> int:
@@ -172,7 +192,8 @@ def _student(one: Finished, options: Options, here: Machine) -> Student:
     pixels = _pixels(one, one.dataset.train, ids, here) if "int8" in options.quantize else None
     batches = () if pixels is None else np.array_split(pixels, range(_BATCH, len(pixels), _BATCH))
     inside = options.preprocessing == "graph"
-    return Student(network, one.dataset.classes, steps, inside, tuple(batches))
+    maps = stages(network, size) if options.features else ()
+    return Student(network, one.dataset.classes, steps, inside, tuple(batches), maps)
 
 
 def _pixels(one: Finished, source: Source, ids: Int[np.ndarray, " n"], here: Machine) -> Pixels:
@@ -220,6 +241,7 @@ def _written(
     files, left_out = [], []
     for name in options.formats or DEFAULT:
         form = FORMATS[name]
+        given = student if name in GRAPHS else student._replace(stages=())
         obstacle = _obstacle(name, student)
         try:
             for precision in () if obstacle else form.PRECISIONS:
@@ -228,8 +250,8 @@ def _written(
                     console.say(f"{path.name}: {name}, {precision}")
                     before = set(aside.iterdir())
                     with _room_blamed(aside):
-                        form.write(student, path, precision)
-                        found = _checked(student, name, precision, path, known, whole, options)
+                        form.write(given, path, precision)
+                        found = _checked(given, name, precision, path, known, whole, options)
                     about = companions.entry(path) | found
                     weights = set(aside.iterdir()) - before - {path}  # where they lie beside it
                     about["bytes"] += sum(file.stat().st_size for file in weights)
@@ -288,6 +310,13 @@ def _checked(
         }
         if name == "onnx":
             about["opset"] = onnx.OPSET
+        if student.stages:
+            told = partial(GRAPHS[name].told, path, outputs=student.outputs[1:])
+            gaps = parity.compare_maps(told, show, known, precision)
+            about["stages"] = [
+                stage.to_json() | {"max_abs": gap}
+                for stage, gap in zip(student.stages, gaps, strict=True)
+            ]
         if FORMATS[name].TAKES == "pictures" and whole.pictures:
             files = parity.compare_files(answer, whole.pictures, known.logits[whole.rows])
             about["files"] = files._asdict()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.diagnostics.timing import time_network
 from distill.export.formats import onnx
-from distill.export.program import INPUT, Pixels, Student, in_unit, quiet, reason
+from distill.export.program import INPUT, OUTPUT, Pixels, Student, in_unit, quiet, reason
 from distill.models import cost
 from distill.models.network import Network
 
@@ -47,7 +47,7 @@ class _Session(nn.Module):
 
     def forward(self, images: Tensor) -> None:
         """Run it on as many pictures; bringing them into its form is not its time."""
-        self._run(None, self._inputs[len(images)])
+        self._run([OUTPUT], self._inputs[len(images)])
 
 
 def table(

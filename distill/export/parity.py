@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 
 from distill import evaluate
+from distill.diagnostics.tapped import tapped
 from distill.errors import VerificationError
-from distill.export.program import Logits, Pixels, Precision, reason
+from distill.export.program import STAGE, Logits, Pixels, Precision, Stage, reason
 from distill.models.network import Network
 
 BATCHES = (1, 2, 7)  # sizes in which the first images are shown
 FIRST = 64  # images that are shown in batches of every size
+MAPPED = 16  # of these, the ones whose maps are compared: a map can have a million values
 MOST = {"fp32": 1e-4, "fp16": 5e-3}  # of the difference of a logit, times the scale of logits
 USUAL = {"fp32": 10.0, "fp16": 1.0}  # largest logit up to which that scale is 1
 _FILES_AGREE = 0.95
 _BATCH = 32  # images at once where only accuracy is asked for
 
 Answer = Callable[[Sequence[np.ndarray]], list[Logits]]  # to what the file takes
+T = TypeVar("T")
+Map = Float[np.ndarray, "b C h w"]
 
 
 class Known(NamedTuple):
@@ -30,6 +34,7 @@ class Known(NamedTuple):
     pixels: Pixels
     labels: Int[np.ndarray, " N"]
     logits: Float[np.ndarray, "N K"]
+    maps: tuple[Map, ...] = ()  # of the first images, by stage
 
 
 class Parity(NamedTuple):
@@ -50,12 +55,16 @@ class Parity(NamedTuple):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in self._asdict().items()}
 
 
-def known(network: Network, pixels: Pixels, labels: Int[np.ndarray, " N"]) -> Known:
+def known(
+    network: Network, pixels: Pixels, labels: Int[np.ndarray, " N"], stages: Sequence[Stage] = ()
+) -> Known:
     """What the student says of these images, on the CPU in float32."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / torch.tensor(255.0)
+    taps = [stage.module for stage in stages]
     with torch.no_grad():
         logits = torch.cat([network(part).logits for part in torch.split(images, _BATCH)])
-    return Known(pixels, labels, logits.numpy())
+        features = tapped(network, taps)(images[:MAPPED]).features or {}
+    return Known(pixels, labels, logits.numpy(), tuple(features[tap].numpy() for tap in taps))
 
 
 def compare(answer: Answer, show: Callable[[Pixels], np.ndarray], student: Known) -> Parity:
@@ -96,6 +105,47 @@ def compare(answer: Answer, show: Callable[[Pixels], np.ndarray], student: Known
         drop=drop,
         drop_ci95=interval,
     )
+
+
+def compare_maps(
+    told: Callable[[Sequence[np.ndarray]], list[list[np.ndarray]]],
+    show: Callable[[Pixels], np.ndarray],
+    student: Known,
+    precision: Precision,
+) -> list[float]:
+    """Ask for the maps of the first images, in batches of every size.
+
+    They may differ from the student's by as much as `require` lets logits.
+
+    Args:
+        told: The exported file's runtime, which gives the map of each stage of each batch.
+        show: Brings pixels into what it takes.
+        student: What it ought to give.
+        precision: The file's.
+
+    Returns:
+        The largest difference of a value, by stage.
+
+    Raises:
+        VerificationError: If its runtime fails, or gives something else.
+    """
+    count = len(student.maps[0])
+    cuts = [_cut(student.pixels[:count], size) for size in BATCHES]
+    answers = iter(_ran(told, [show(batch) for batches in cuts for batch in batches]))
+    largest = [0.0] * len(student.maps)
+    for batches in cuts:
+        columns = zip(*[next(answers) for _ in batches], strict=True)
+        for i, (parts, own) in enumerate(zip(columns, student.maps, strict=True)):
+            found = np.concatenate(parts)
+            if found.shape != own.shape or not np.isfinite(found).all():
+                raise VerificationError(
+                    f"{STAGE}{i} has the shape {found.shape}, the student's {own.shape}, or holds "
+                    "values that are not finite"
+                )
+            largest[i] = max(largest[i], float(abs(found - own).max()))
+    for i, (difference, own) in enumerate(zip(largest, student.maps, strict=True)):
+        _require_near(f"the values of {STAGE}{i}", difference, precision, float(abs(own).max()))
+    return largest
 
 
 class Files(NamedTuple):
@@ -143,14 +193,9 @@ def require(parity: Parity, precision: Precision, student: Known, *, max_drop: f
     Raises:
         VerificationError: With what differs and by how much.
     """
-    largest = float(abs(student.logits).max())
     if precision != "int8":
-        allowed = MOST[precision] * max(1.0, largest / USUAL[precision])
-        if parity.max_abs > allowed:
-            raise VerificationError(
-                f"its logits differ from the student's by up to {parity.max_abs:.1e}; allowed are "
-                f"{allowed:.1e}, the largest being {largest:.3g}"
-            )
+        largest = float(abs(student.logits).max())
+        _require_near("its logits", parity.max_abs, precision, largest)
     if precision == "fp32" and parity.agreement < 1:
         raise VerificationError(
             f"it names the student's class for {parity.agreement:.2%} of the images, not for all"
@@ -164,7 +209,16 @@ def require(parity: Parity, precision: Precision, student: Known, *, max_drop: f
         )
 
 
-def _ran(answer: Answer, batches: list[np.ndarray]) -> list[Logits]:
+def _require_near(what: str, difference: float, precision: Precision, largest: float) -> None:
+    allowed = MOST[precision] * max(1.0, largest / USUAL[precision])
+    if difference > allowed:
+        raise VerificationError(
+            f"{what} differ from the student's by up to {difference:.1e}; allowed are "
+            f"{allowed:.1e}, the largest being {largest:.3g}"
+        )
+
+
+def _ran(answer: Callable[[Sequence[np.ndarray]], list[T]], batches: list[np.ndarray]) -> list[T]:
     try:
         return answer(batches)
     except VerificationError:

@@ -16,7 +16,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from distill.diagnostics.tapped import tapped
 from distill.errors import IncompatibleError
+from distill.models import pyramid
+from distill.models.grids import Size
 from distill.models.network import Channels, Network
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -24,8 +27,10 @@ Precision = Literal["fp32", "fp16", "int8"]
 # Squares: in [0, 1] if it is to have the preprocessing, else normalised. Images: always in [0, 1].
 Takes = Literal["pictures", "squares", "images"]
 INPUT, OUTPUT = "images", "logits"
+STAGE = "stage"  # and a number from 0: a map besides the logits
 Pixels = UInt8[np.ndarray, "b S S 3"]  # squares of the student's size, ready for evaluation
 Logits = Float[np.ndarray, "b K"]
+Answer = Tensor | dict[str, Tensor]  # logits, or those and maps by name
 # On nodes of a program: modules and functions, source lines, paths, addresses in memory.
 _NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
@@ -50,6 +55,43 @@ class Preprocessing(NamedTuple):
         }
 
 
+class Stage(NamedTuple):
+    """A map of features that a graph gives besides the logits, (batch, channels, rows, columns)."""
+
+    name: str  # of the output; stage0 is the finest
+    module: str  # of the network, whose output it is
+    channels: int
+    grid: Size
+    stride: float  # pixels of the squares between two cells
+
+    def to_json(self) -> dict[str, Any]:
+        """What it is, for whoever builds on it."""
+        shape = ["batch", self.channels, *self.grid]
+        about = {"name": self.name, "dtype": "float32", "shape": shape}
+        return about | {"stride": self.stride, "module": self.module}
+
+
+def stages(network: Network, size: int) -> tuple[Stage, ...]:
+    """The maps that a detector reads: the ends of the network's stages, or its single grid.
+
+    Args:
+        network: Any.
+        size: Side in pixels of the squares that it is shown.
+
+    Raises:
+        IncompatibleError: If it has none.
+    """
+    image = (size, size)
+    try:
+        sites = pyramid.stages(tapped(network, ()), image)
+    except IncompatibleError as error:
+        raise IncompatibleError(f"--features: {error}", hint=error.hint) from None
+    return tuple(
+        Stage(f"{STAGE}{i}", site.name, site.channels, site.grid, pyramid.stride(site, image))
+        for i, site in enumerate(sites)
+    )
+
+
 class Student(NamedTuple):
     """What is exported."""
 
@@ -58,6 +100,12 @@ class Student(NamedTuple):
     preprocessing: Preprocessing
     inside: bool  # whether the graph does the preprocessing
     calibration: Sequence[Pixels] = ()  # training images, by which int8 sets its ranges
+    stages: tuple[Stage, ...] = ()  # whose maps graphs give too
+
+    @property
+    def outputs(self) -> list[str]:
+        """What graphs give, in this order."""
+        return [OUTPUT, *(stage.name for stage in self.stages)]
 
     def input(self, takes: Takes) -> dict[str, Any]:
         """What a file takes, as people and programs read it."""
@@ -146,24 +194,31 @@ class Classify(nn.Module):
     """Squares to logits: images in [0, 1], or normalised ones where the graph has no preprocessing.
 
     Args:
-        network: What answers.
-        normalised: Whether the images are.
+        student: What answers.
         half: Whether all but input and output is in float16.
     """
 
-    def __init__(self, network: Network, *, normalised: bool, half: bool) -> None:
+    def __init__(self, student: Student, *, half: bool) -> None:
         super().__init__()
+        self.taps = {stage.name: stage.module for stage in student.stages}
+        network = student.network
+        if self.taps:
+            network = tapped(network, list(self.taps.values()))
         self.network = copy.deepcopy(network) if half else network
         if half:
             self.network.backbone.half()
-        self.normalised, self.half_precision = normalised, half
+        self.normalised, self.half_precision = not student.inside, half
 
-    def forward(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B K"]:
-        """Logits in float32."""
+    def forward(self, images: Float[Tensor, "B 3 S S"]) -> Answer:
+        """Logits in float32, and maps."""
         x = self.network.resized(images)
         if not self.normalised:
             x = self.network.normalised(x)
-        return self.network.answered(x.half() if self.half_precision else x).float()
+        told = self.network.answered(x.half() if self.half_precision else x)
+        logits = told.logits.float()
+        if not self.taps:
+            return logits
+        return {OUTPUT: logits} | {name: told.read(tap) for name, tap in self.taps.items()}
 
 
 class Whole(nn.Module):
@@ -172,16 +227,16 @@ class Whole(nn.Module):
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.resize = Resize(student.preprocessing)
-        self.classify = Classify(student.network, normalised=False, half=False)
+        self.classify = Classify(student, half=False)
 
-    def forward(self, images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B K"]:
-        """Logits."""
-        logits: Tensor = self.classify(self.resize(images))
-        return logits
+    def forward(self, images: UInt8[Tensor, "B H W 3"]) -> Answer:
+        """Logits, and maps."""
+        answer: Answer = self.classify(self.resize(images))
+        return answer
 
 
 def whole(student: Student) -> ExportedProgram:
-    """The student as one program, from what the exported file takes to logits."""
+    """The student as one program, from what the exported file takes to logits and maps."""
     if student.inside:
         module = Whole(student).eval()
         return traced(module, student.example, student.network.model, any_size=True)
@@ -195,7 +250,7 @@ def classifier(
     most: int | None = None,
     notes: bool = False,
 ) -> ExportedProgram:
-    """The student as a program, from squares to logits.
+    """The student as a program, from squares to logits and maps.
 
     Args:
         student: What answers.
@@ -204,7 +259,7 @@ def classifier(
         notes: Whether nodes say where they come from, which a quantiser goes by.
     """
     size = student.preprocessing.size
-    module = Classify(student.network, normalised=not student.inside, half=precision == "fp16")
+    module = Classify(student, half=precision == "fp16")
     # As many as may be: of an example below 16 some compilers plan memory for fewer than 16 only,
     # for PyTorch computes larger batches in another way.
     example = torch.zeros(most or 2, 3, size, size)
@@ -231,7 +286,7 @@ def traced(
     Without notes it holds nothing of the machine that it was made on: no source lines, no paths.
 
     Args:
-        module: Takes one tensor, returns one; in eval mode.
+        module: Takes one tensor, returns one or several by name; in eval mode.
         example: A batch of two or more.
         model: Its name, for an error.
         any_size: Whether the second and third dimension are free as well.

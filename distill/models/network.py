@@ -101,13 +101,7 @@ class Network(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Outputs:
         """Logits of images in [0, 1]: backbone((resize(images) − mean) / std)."""
-        images = self.resized(images)
-        self._seen["image"] = images.shape[-2:]
-        logits = self.answered(self.normalised(images))
-        if not self._tapped:
-            return Outputs(logits)
-        features = {name: self._seen.pop(name) for name in self._tapped}
-        return Outputs(logits, features)
+        return self.answered(self.normalised(self.resized(images)))
 
     def resized(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 S S"]:
         """The images at the size that the backbone takes; as they come where it takes any."""
@@ -120,15 +114,17 @@ class Network(nn.Module):
         """Images in [0, 1] as the backbone reads them."""
         return (images - self.mean) / self.std
 
-    def answered(self, normalised: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B K"]:
-        """The backbone's logits, in the order of the classes."""
+    def answered(self, normalised: Float[Tensor, "B 3 S S"]) -> Outputs:
+        """What the backbone says, logits in the order of the classes."""
+        self._seen["image"] = normalised.shape[-2:]
         logits: Any = self.backbone(normalised)
         if taps.TOKEN in self._tapped and isinstance(logits, tuple):  # the class token's is first
             logits = logits[0]
         if self.selection is not None:
             logits = logits.index_select(1, self.selection)
-        answer: Tensor = logits
-        return answer
+        if not self._tapped:
+            return Outputs(logits)
+        return Outputs(logits, {name: self._seen.pop(name) for name in self._tapped})
 
     def tap(self, names: Sequence[str]) -> None:
         """Give these features with every answer from now on.

@@ -145,16 +145,9 @@ def pyramid(
     """
     same: dict[int, Any] = {id(t): t for t in (*network.parameters(), *network.buffers())}
     own = copy.deepcopy(network, same)
-    side = network.input_size or network.description.image_size
-    anatomy = own.anatomy((side, side) if network.input_size or image is None else image)
-    sites = [site for site in anatomy.stages if math.prod(site.grid) > 1][-LEVELS:]
-    if not sites:
-        raise IncompatibleError(
-            f"{network.model}: has no grid of features to make a pyramid of",
-            hint="larger images leave more of one where all was pooled to a single cell",
-        )
+    sites = stages(own, image)[-LEVELS:]
     own.tap([site.name for site in sites])
-    strides = [_stride(site, image or (side, side)) for site in sites]
+    strides = [stride(site, image or _size(own)) for site in sites]
     neck: Pyramid | FeaturePyramidNetwork
     if len(sites) == 1:
         neck = Pyramid(sites[0].channels, channels=channels)
@@ -171,11 +164,38 @@ def pyramid(
     return made.train(network.training)
 
 
+def stages(network: Network, image: Size | None = None) -> list[Site]:
+    """The grids that are of use to a detector, the finest first.
+
+    Of a network with stages the end of each, of one with a single grid its last block.
+
+    Args:
+        network: Any.
+        image: Rows and columns of the images in pixels; left out: as the network takes them.
+
+    Raises:
+        IncompatibleError: If the network has no grid of more than one cell.
+    """
+    anatomy = network.anatomy(_size(network) if network.input_size or image is None else image)
+    sites = [site for site in anatomy.stages if math.prod(site.grid) > 1]
+    if not sites:
+        raise IncompatibleError(
+            f"{network.model}: has no grid of features over the image",
+            hint="larger images leave more of one where all was pooled to a single cell",
+        )
+    return sites
+
+
+def stride(site: Site, image: Size) -> float:
+    """Pixels between two cells, of the images that are given: the network may resize them."""
+    return math.sqrt(math.prod(image) / math.prod(site.grid))
+
+
+def _size(network: Network) -> Size:
+    side = network.input_size or network.description.image_size
+    return side, side
+
+
 def _doubled(width: int, channels: int) -> nn.Module:
     """Two by two cells of each."""
     return nn.ConvTranspose2d(width, channels, 2, stride=2)
-
-
-def _stride(site: Site, image: Size) -> float:
-    """Pixels of the images that are given, which the network may resize."""
-    return math.sqrt(math.prod(image) / math.prod(site.grid))

@@ -236,6 +236,12 @@ def bias(found: Found, images: Images) -> Iterator[Block]:
             "distance / that of uniform attention",
         ),
         (
+            "specificity",
+            "values",
+            "How far mixing weights follow the image",
+            "their variance over images / mean square",
+        ),
+        (
             "receptive_field",
             "relative",
             "How far the image is felt",

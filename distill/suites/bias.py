@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
 from distill.definitions import Number
 from distill.diagnostics import (
@@ -21,13 +23,15 @@ from distill.diagnostics import (
     rollout,
     sharpness,
     similarity,
+    specificity,
     spectrum,
 )
 from distill.diagnostics.rollout import overlay
 from distill.engine.canaries import numerics
 from distill.engine.machine import Machine
 from distill.models.network import Network
-from distill.suites import Found, Image, as_bytes, mean, merged, nothing, png, spread
+from distill.statistics import resampled
+from distill.suites import Found, Image, as_bytes, interval, mean, merged, nothing, png, spread
 from distill.suites.subjects import Sample, Subject, Tested, sample, training_views
 
 IMAGES = 256
@@ -149,6 +153,30 @@ def _attention(asked: Asked) -> Found:
     }
     numbers = {name: mean([column.numpy()]) for name, column in columns.items()}
     return Found(numbers, {"attention": table}, {})
+
+
+def _specificity(asked: Asked) -> Found:
+    """Of a plain convolutional network it is 0, and no question without meaning."""
+    layers, n = specificity.specificity(asked.network, asked.few.images), len(asked.few.images)
+    columns = [layer.varied for layer in layers] + [layer.square for layer in layers]
+
+    def of(means: Float[np.ndarray, "k S R"]) -> Float[np.ndarray, "S R"]:
+        varied, square = np.split(means, 2)
+        found: np.ndarray = (varied / np.maximum(square, 1e-300)).mean(axis=0)
+        return found
+
+    values = [layer.value for layer in layers]
+    number = Number(0.0, n=n)  # exactly
+    if any(layer.kind != "fixed" for layer in layers):
+        draws = resampled([column.numpy()[None] for column in columns], of)
+        number = interval(float(np.mean(values)), draws, n=n, seeds=1)
+    table = {
+        "layers": [layer.name for layer in layers],
+        "kinds": [layer.kind for layer in layers],
+        "depth": [layer.depth for layer in layers],
+        "values": values,
+    }
+    return Found({"data_specificity": number}, {"specificity": table}, {})
 
 
 def _receptive_field(asked: Asked) -> Found:
@@ -287,6 +315,7 @@ _PARTS: dict[Part, tuple[str, ...]] = {
         "attention_distance", "attention_distance_relative", "attention_mass_3x3",
         "attention_entropy_relative",
     ),
+    _specificity: ("data_specificity",),
     _receptive_field: ("erf_radius", "erf_radius_relative"),
     _pictures: (),
     _similarity: ("cka",),

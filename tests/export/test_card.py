@@ -304,6 +304,14 @@ def test_weights_without_a_result_have_a_card() -> None:
     assert "distilled from `resnet56`" in text
 
 
+def test_the_optimiser_is_told_with_its_steps() -> None:
+    assert "adamw, peak learning rate 0.001 (cosine, 5 epochs of warm-up)," in card(made())
+    steps = "name: sgd, nesterov: false, schedule: step, milestones: [30, 60, 90]"
+    text = card(made(RECIPE.replace("name: adamw", steps).replace("5.0}", "0}")))
+    assert "- Optimiser: sgd without Nesterov momentum, peak learning rate 0.001 " in text
+    assert "(step, times 0.1 after epochs 30, 60 and 90, 0 epochs of warm-up), weight" in text
+
+
 def test_several_teachers_are_listed_with_their_shares() -> None:
     second = RESULT.teachers[0] | {"model": "vit", "run": "pretrained", "weight": 2.0}
     del second["top1"]

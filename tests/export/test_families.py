@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from distill import component, models, recipe
+from distill.errors import IncompatibleError
 from distill.export import parity
-from distill.export.formats import FORMATS
-from distill.export.program import Preprocessing, Student
+from distill.export.formats import GRAPHS
+from distill.export.program import Preprocessing, Student, stages
 from distill.models.network import Network
 from tests.export.conftest import lively, pixels
 from tests.models import made
@@ -23,28 +24,35 @@ pytestmark = pytest.mark.soak
 OURS = sorted(component.find("models.zoo"))
 
 
-def compared(network: Network, size: int, folder: Path) -> tuple[float, float]:
-    """Of both files: the largest difference of a logit, and how often the class is the same.
+def compared(network: Network, size: int, folder: Path) -> tuple[float, float, int]:
+    """Of both files: the largest difference of a logit, how often the class is the same, and maps.
 
-    On 64 windows of a photograph, in batches of 1, 2, 7 and 32.
+    On 64 windows of a photograph, in batches of 1, 2, 7 and 32; the maps of all stages on 16.
     """
     shown = pixels(size)
     lively(network, shown)
     description = network.description
     steps = Preprocessing(size, size, description.mean, description.std)
     classes = tuple(f"class {i}" for i in range(description.num_classes))
-    student = Student(network, classes, steps, inside=True)
-    said = parity.known(network, shown, np.zeros(len(shown), np.int64))
+    try:
+        maps = stages(network, size)
+    except IncompatibleError:
+        maps = ()
+    student = Student(network, classes, steps, inside=True, stages=maps)
+    said = parity.known(network, shown, np.zeros(len(shown), np.int64), maps)
     worst, same = 0.0, 1.0
     for name in ("onnx", "torch-export"):
-        form = FORMATS[name]
+        form = GRAPHS[name]
         path = folder / form.file("fp32")
         form.write(student, path, "fp32")
         show = partial(student.shown, takes=form.TAKES)
         found = parity.compare(partial(form.answers, student, path), show, said)
         parity.require(found, "fp32", said, max_drop=0)
+        if maps:
+            told = partial(form.told, path, outputs=student.outputs[1:])
+            parity.compare_maps(told, show, said, "fp32")
         worst, same = max(worst, found.max_abs), min(same, found.agreement)
-    return worst, same
+    return worst, same, len(maps)
 
 
 def ours(model: str) -> Network:
@@ -69,18 +77,19 @@ def test_every_family_says_the_same_as_onnx_and_as_a_program(
     measured: Measured,
 ) -> None:
     """All are tried; those that fail are named together."""
-    faults, differences, rates = [], [0.0], [1.0]
+    faults, differences, rates, maps = [], [0.0], [1.0], []
     for name in names:
         try:
-            difference, rate = compared(build(name), size, tmp_path)
+            difference, rate, count = compared(build(name), size, tmp_path)
         except Exception as error:
             faults.append(f"{name}: {type(error).__name__}: {error}")
         else:
             differences.append(difference)
             rates.append(rate)
+            maps.append(count)
     assert not faults, "\n".join(faults)
     measured(
         f"models of {whose} as ONNX and as a program of PyTorch",
         f"{len(names)} models, largest difference {max(differences):.1e}, "
-        f"same class {min(rates):.0%}",
+        f"same class {min(rates):.0%}, with {sum(maps)} maps of {sum(map(bool, maps))} of them",
     )

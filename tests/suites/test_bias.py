@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from distill.definitions import definitions
-from distill.diagnostics import attention, equivariance, permutation, rank, sharpness, similarity
+from distill.diagnostics import (
+    attention,
+    equivariance,
+    permutation,
+    rank,
+    sharpness,
+    similarity,
+    specificity,
+)
 from distill.engine import machine
 from distill.engine.machine import Machine
 from distill.models.network import Network
@@ -58,6 +66,7 @@ def test_what_a_network_has_not_is_not_defined(
     assert student["attention_distance"].value is not None
     assert teacher["attention_distance"].value is None  # a ResNet
     assert "no attention" in teacher["attention_distance"].reason
+    assert (teacher["data_specificity"].value, teacher["data_specificity"].ci95) == (0, None)
     assert teacher["cka"].value is None  # it has no teacher
     assert student["cka"].value != alone["cka"].value
     assert found[subjects[0].name].numbers["patches_8"].value is not None
@@ -79,6 +88,11 @@ def test_numbers_are_the_means_of_what_the_diagnostics_say(
     assert numbers["patches_4"].value == pytest.approx(float(right))
     overall = attention.attention(own, few).overall
     assert numbers["attention_distance"].value == pytest.approx(float(overall.distance.mean()))
+    layers = specificity.specificity(own, few)
+    specific = numbers["data_specificity"]
+    assert specific.value == pytest.approx(sum(layer.value for layer in layers) / len(layers))
+    assert specific.ci95 is not None
+    assert 0 < specific.ci95[0] < specific.value < specific.ci95[1] < 1
     ranks = rank.ranks(own, shown.images)
     assert ranks.pooled is not None
     assert numbers["effective_rank"].value == pytest.approx(ranks.pooled.effective)

@@ -72,6 +72,8 @@ def card(about: About) -> str:
         shorter=round(size / recipe.data.eval_crop),
         square=_square(size, recipe.data.eval_crop),
         inside=inside,
+        stages=_stages(files),
+        mapped=listed([name(one["file"]) for one in files if one.get("stages")]),
         squares=listed([name(one["file"]) for one in files if one["format"] in SQUARES]),
         names=[one["file"] for one in files],
         graphs=listed(graphs),
@@ -87,6 +89,7 @@ def card(about: About) -> str:
         versions=[f"{k} {environment[k]}" for k in VERSIONS if k in environment],
         objective=_objective(recipe),
         augmentations=listed([name(spec.name) for spec in recipe.data.augment]),
+        milestones=listed([Markdown(f"{one:g}") for one in recipe.optimizer.milestones]),
         duration=result and _duration(result.seconds),
         warnings=[_without_places(warning) for warning in result.warnings] if result else [],
         mean=_triple(about.weights.mean),
@@ -239,6 +242,26 @@ def _artefacts(files: Sequence[Mapping[str, Any]]) -> Markdown:
     heads = ("file", "format", "precision", "size", "largest difference of a logit", "same class",
              "top-1", "points lost")  # fmt: skip
     return table(heads, rows, left=3)
+
+
+def _stages(files: Sequence[Mapping[str, Any]]) -> Markdown:
+    """The maps that graphs give, each with how near it is to the student's; empty without any."""
+    told: dict[str, list[Mapping[str, Any]]] = {}
+    for one in files:
+        for stage in one.get("stages", ()):
+            told.setdefault(stage["name"], []).append(stage)
+    rows = [
+        (
+            name(key),
+            f"(batch, {', '.join(map(str, several[0]['shape'][1:]))})",
+            f"{several[0]['stride']:g} px",
+            name(several[0]["module"]),
+            ", ".join(f"{stage['max_abs']:.1e}" for stage in several),
+        )
+        for key, several in told.items()
+    ]
+    heads = ("output", "shape", "stride", "module", "largest difference of a value")
+    return table(heads, rows, left=2) if rows else Markdown()
 
 
 def _interval(parity: Mapping[str, Any], between: str) -> str:

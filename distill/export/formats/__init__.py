@@ -45,6 +45,16 @@ class Format(Protocol):
         ...
 
 
+class Graph(Format, Protocol):
+    """What the module of a format has that gives maps besides the logits."""
+
+    def told(
+        self, path: Path, batches: Sequence[np.ndarray], outputs: Sequence[str]
+    ) -> list[list[np.ndarray]]:
+        """What the file gives of each batch, by the names of outputs."""
+        ...
+
+
 FORMATS: dict[str, Format] = {
     "onnx": onnx,
     "torch-export": torch_export,
@@ -54,6 +64,7 @@ FORMATS: dict[str, Format] = {
     "executorch": executorch,
     "coreml": coreml,
 }
+GRAPHS: dict[str, Graph] = {"onnx": onnx, "torch-export": torch_export}
 DEFAULT = ("onnx", "torch-export", "safetensors", "timm")  # where none is asked for
 
 

@@ -50,17 +50,19 @@ def write(student: Student, path: Path, precision: Precision) -> None:
         IncompatibleError: If the exporter knows no way.
     """
     name = student.network.model
-    network = _translated(program.classifier(student, precision), name, OUTPUT)
+    network = _translated(program.classifier(student, precision), name, student.outputs)
     if precision == "int8":
         batches = [student.squares(pixels) for pixels in student.calibration]
         network = _quantised(network, batches, whole=student.network.is_convolutional)
     if student.inside:
-        network = _joined(_translated(program.resize(student), name, _PIXELS), network)
+        network = _joined(_translated(program.resize(student), name, [_PIXELS]), network)
     said = {
         "model": name,
         "classes": json.dumps(student.classes),
         "preprocessing": json.dumps({} if student.inside else student.preprocessing.to_json()),
     }
+    if student.stages:
+        said["stages"] = json.dumps([stage.to_json() for stage in student.stages])
     for key, value in said.items():
         network.metadata_props.add(key=key, value=value)
     path.write_bytes(network.SerializeToString(deterministic=True))
@@ -68,8 +70,15 @@ def write(student: Student, path: Path, precision: Precision) -> None:
 
 def answers(student: Student, path: Path, batches: Sequence[np.ndarray]) -> list[Logits]:
     """What ONNX Runtime says of each batch."""
+    return [logits for (logits,) in told(path, batches, [OUTPUT])]
+
+
+def told(
+    path: Path, batches: Sequence[np.ndarray], outputs: Sequence[str]
+) -> list[list[np.ndarray]]:
+    """What ONNX Runtime gives of each batch by these names."""
     session = opened(path)
-    return [session.run([OUTPUT], {INPUT: batch})[0] for batch in batches]
+    return [session.run(list(outputs), {INPUT: batch}) for batch in batches]
 
 
 def opened(path: Path, *, threads: int = 0) -> Any:
@@ -87,7 +96,7 @@ def opened(path: Path, *, threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _translated(exported: ExportedProgram, model: str, output: str) -> ModelProto:
+def _translated(exported: ExportedProgram, model: str, outputs: Sequence[str]) -> ModelProto:
     """The program in ONNX's operators, without notes on where they came from."""
     failed, hint = f"{model}: the ONNX exporter knows no way", "--format torch-export,safetensors"
     with program.attempt(failed, hint=hint):
@@ -99,7 +108,7 @@ def _translated(exported: ExportedProgram, model: str, output: str) -> ModelProt
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=[output],
+            output_names=list(outputs),
             optimize=True,
             verbose=False,
         )

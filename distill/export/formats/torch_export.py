@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 
 from distill.errors import VerificationError
 from distill.export import program
-from distill.export.program import Logits, Precision, Resize, Student, Takes
+from distill.export.program import OUTPUT, Logits, Precision, Resize, Student, Takes
 
 QUANTISER = "torchao"
 PACKAGES: tuple[str, ...] = ()
@@ -35,12 +35,15 @@ _OPERATORS = "import torch.ao.quantization.fx._decomposed"
 _ANSWER = """
 import sys
 import numpy, torch
-program, batches, logits = sys.argv[1:]
-student = torch.export.load(program).module()
+program, batches, answers, *outputs = sys.argv[1:]
+student, found = torch.export.load(program).module(), {}
 with numpy.load(batches, allow_pickle=False) as stored, torch.no_grad():
-    found = {name: student(torch.from_numpy(stored[name])).numpy() for name in stored.files}
+    for batch in stored.files:
+        answer = student(torch.from_numpy(stored[batch]))
+        answer = answer if isinstance(answer, dict) else {"logits": answer}
+        found |= {f"{batch} {name}": answer[name].numpy() for name in outputs}
 assert not any(name.partition(".")[0] in ("distill", "timm", "torchao") for name in sys.modules)
-numpy.savez(logits, **found)
+numpy.savez(answers, **found)
 """
 
 
@@ -64,6 +67,8 @@ def write(student: Student, path: Path, precision: Precision) -> None:
     """
     exported = _quantised(student) if precision == "int8" else program.whole(student)
     names = {"classes.json": json.dumps(student.classes)}
+    if student.stages:
+        names["stages.json"] = json.dumps([stage.to_json() for stage in student.stages])
     stream = io.BytesIO()  # torch's own writer ends the process where the disk is full
     torch.export.save(exported, stream, extra_files=names)
     path.write_bytes(stream.getvalue())
@@ -75,13 +80,20 @@ def answers(student: Student, path: Path, batches: Sequence[np.ndarray]) -> list
     Raises:
         VerificationError: If that process cannot load or run the file.
     """
+    return [logits for (logits,) in told(path, batches, [OUTPUT])]
+
+
+def told(
+    path: Path, batches: Sequence[np.ndarray], outputs: Sequence[str]
+) -> list[list[np.ndarray]]:
+    """What a fresh process gives of each batch by these names, as in `answers`."""
     with tempfile.TemporaryDirectory() as folder:
-        stored, logits = Path(folder) / "batches.npz", Path(folder) / "logits.npz"
+        stored, answers = Path(folder) / "batches.npz", Path(folder) / "answers.npz"
         names = [f"{i}" for i in range(len(batches))]
         script = f"{_OPERATORS if path.name == file('int8') else ''}\n{_ANSWER}"
         np.savez(stored, allow_pickle=False, **dict(zip(names, batches, strict=True)))
         done = subprocess.run(
-            [sys.executable, "-I", "-c", script, path.resolve(), stored, logits],
+            [sys.executable, "-I", "-c", script, path.resolve(), stored, answers, *outputs],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -90,8 +102,8 @@ def answers(student: Student, path: Path, batches: Sequence[np.ndarray]) -> list
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise VerificationError(f"{path.name}: a fresh process cannot run it: {last}")
-        with np.load(logits, allow_pickle=False) as found:
-            return [found[name] for name in names]
+        with np.load(answers, allow_pickle=False) as found:
+            return [[found[f"{batch} {name}"] for name in outputs] for batch in names]
 
 
 def _quantised(student: Student) -> ExportedProgram:
