@@ -7,6 +7,7 @@ from typing import Any
 
 from distill.definitions import Number, definitions, shown
 from distill.report import files
+from distill.report.bars import MOST_SERIES
 from distill.report.page import Block, Gallery, Image, Picture, Table, Text
 from distill.report.plot import (
     Bars,
@@ -125,18 +126,34 @@ def _by_class(tables: Mapping[str, Any]) -> Iterator[Block]:
     if len(classes) > MOST_CLASSES:
         return
     recall = {name: table["per_class"]["recall"] for name, table in tables.items()}
-    rows = [(c, *row) for c, row in zip(classes, zip(*recall.values(), strict=True), strict=True)]
-    yield Picture(
-        Bars(
-            "Recognised, by class",
-            "images of the class that are recognised",
-            classes,
-            [BarSeries(name, column) for name, column in recall.items()],
-            percent=True,
-        ),
-        "classes",
-        files.to_csv(("class", *recall), rows),
-    )
+    label = "images of the class that are recognised"
+    yield from _bars("Recognised, by class", label, classes, recall, "classes", "class")
+
+
+def _bars(
+    title: str,
+    label: str,
+    groups: Sequence[str],
+    columns: Mapping[str, Sequence[float]],
+    name: str,
+    head: str,
+) -> Iterator[Block]:
+    """A bar for each network in each group, in as many pictures as there are colours for."""
+    networks = list(columns)
+    parts = [networks[i : i + MOST_SERIES] for i in range(0, len(networks), MOST_SERIES)]
+    for i, part in enumerate(parts, 1):
+        rows = zip(groups, *(columns[one] for one in part), strict=True)
+        yield Picture(
+            Bars(
+                f"{title} ({i} of {len(parts)})" if len(parts) > 1 else title,
+                label,
+                groups,
+                [BarSeries(one, columns[one]) for one in part],
+                percent=True,
+            ),
+            name if i == 1 else f"{name}-{i}",
+            files.to_csv((head, *part), rows),
+        )
 
 
 def fidelity(found: Found, images: Images) -> Iterator[Block]:
@@ -199,20 +216,7 @@ def corruptions(found: Found, images: Images) -> Iterator[Block]:
                 ),
             )  # fmt: skip
     means = {name: [sum(t["accuracy"][one]) / 5 for one in names] for name, t in tables.items()}
-    yield Picture(
-        Bars(
-            "Mean over severities",
-            "top-1",
-            titles,
-            [BarSeries(name, column) for name, column in means.items()],
-            percent=True,
-        ),
-        "corruptions",
-        files.to_csv(
-            ("corruption", *means),
-            [(n, *r) for n, r in zip(names, zip(*means.values(), strict=True), strict=True)],
-        ),
-    )
+    yield from _bars("Mean over severities", "top-1", titles, means, "corruptions", "corruption")
 
 
 def bias(found: Found, images: Images) -> Iterator[Block]:

@@ -117,6 +117,17 @@ def test_the_table_has_every_number(found: Evaluation) -> None:
     )
 
 
+def test_more_networks_than_colours_have_all_their_bars(found: Evaluation) -> None:
+    first = found["subjects"][0]
+    found["subjects"] += [first | {"name": f"more-{i}"} for i in range(10)]
+    names = [subject["name"] for subject in found["subjects"]]
+    shown = evidence.to_html(found, {}, "{}")
+    for title in ("Recognised, by class", "Mean over severities"):
+        pictures = [f"{title} ({i} of 3)" for i in (1, 2, 3)]
+        assert all(picture in shown for picture in pictures)
+    assert all(f">{name}</text>" in shown for name in names)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_are_shown_as_they_are(found: Evaluation, name: str) -> None:
     text = json.dumps(found).replace('"one"', json.dumps(name))
