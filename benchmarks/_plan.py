@@ -1,4 +1,4 @@
-"""The runs that docs/results.md is made of: on a CPU with Fashion-MNIST, on a GPU with CIFAR-10.
+"""The runs of proof.py: Fashion-MNIST on a CPU, CIFAR-10 on a GPU, inductive biases on digits.
 
 Names are folders below `--out`; a teacher's is its recipe's, so that the recipes that name it find
 it. All sides of a comparison are one recipe, and what differs stands in the overrides.
@@ -6,6 +6,7 @@ it. All sides of a comparison are one recipe, and what differs stands in the ove
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -21,21 +22,30 @@ class Run(NamedTuple):
     needs: tuple[str, ...] = ()
     condition: str = ""  # what the seeds of one side of a comparison have in common
     seed: int = 0
+    against: str = ""  # the condition that this one is compared with
 
 
 def seeds(
-    experiment: str, condition: str, command: str, count: int, *, needs: Iterable[str] = ()
+    experiment: str,
+    condition: str,
+    command: str,
+    count: int,
+    *,
+    needs: Iterable[str] = (),
+    against: str = "",
 ) -> dict[str, Run]:
     """A condition over several seeds: other images, views, order and initial weights.
 
-    What is needed may differ by seed: `{seed}` is replaced there and in the command.
+    What is needed may differ by seed: `{seed}` is replaced there and in the command. Left out,
+    `against` is the student alone: `weak-alone` for `weak-kd`.
     """
+    against = against or f"{condition.partition('-')[0]}-alone"
     found = {}
     for seed in range(count):
         words = command.replace("{seed}", str(seed))
         own = tuple(need.replace("{seed}", str(seed)) for need in needs)
         text = f"{words} --set train.seed={seed} --set data.seed={seed}"
-        found[f"{condition}-{seed}"] = Run(experiment, text, own, condition, seed)
+        found[f"{condition}-{seed}"] = Run(experiment, text, own, condition, seed, against)
     return found
 
 
@@ -44,24 +54,59 @@ def taught(name: str) -> str:
     return f"--set 'teachers=[{{weights: {{out}}/{name}}}]'"
 
 
+def evaluated(experiment: str, suite: str, *names: str) -> Run:
+    """What `distill evaluate` finds of finished runs and of their teachers."""
+    runs = " ".join(f"{{out}}/{name}" for name in names)
+    return Run(experiment, f"evaluate {runs} --suite {suite}", names)
+
+
 FASHION, CIFAR = "recipes/fashion-mnist", "recipes/cifar10"
 WEAK, STRONG = f"train {FASHION}/few-vit-weak.yaml", f"train {FASHION}/few-vit-strong.yaml"
+OMITTED = f"train {FASHION}/omitted.yaml"
 FEATURES, FEW_CNN = f"train {FASHION}/few-vit-features.yaml", f"train {FASHION}/few-cnn.yaml"
 TEACHER = f"train {FASHION}/teacher-cnn.yaml"
 # The teachers' runs lie beside that of the training.
 CACHE = "teacher-cache {} --views 16 --run {{out}}/strong-cached-{{seed}}".format
 
 SEEDS = 3
+LONG = "--set train.epochs=200"
+FIRST = "--set train.epochs=1 --set optimizer.warmup_epochs=0.1 --set data.augment=[]"
 CPU = (
     {
         "teacher-cnn": Run("E0", TEACHER),
+        "teacher-vit-small": Run("E0", f"train {FASHION}/teacher-vit-small.yaml"),
+        # The longest: it begins as soon as its teacher is there.
+        "efficiency": Run(
+            "E6",
+            f"sample-efficiency {FASHION}/few-vit-weak.yaml {FASHION}/few-cnn-alone.yaml "
+            "--baseline --sizes 500,2000,8000 --set data.fraction=1 --set train.epochs=2 "
+            "--set optimizer.warmup_epochs=0.1",
+            ("teacher-cnn",),
+        ),
     }
     | seeds("E1a", "weak-alone", f"{WEAK} {ALONE}", SEEDS)
     | seeds("E2a", "weak-kd", WEAK, SEEDS, needs=["teacher-cnn"])
-    | seeds("E4", "cnn-alone", f"{FEW_CNN} {ALONE}", SEEDS)
-    | seeds("E4", "cnn-kd", FEW_CNN, SEEDS, needs=["teacher-cnn"])
     | seeds("E1b", "strong-alone", f"{STRONG} {ALONE}", SEEDS)
     | seeds("E2b", "strong-kd", STRONG, SEEDS, needs=["teacher-cnn"])
+    | seeds("E2c", "cache", CACHE(f"{FASHION}/few-vit-strong.yaml"), SEEDS, needs=["teacher-cnn"])
+    | seeds(
+        "E2c", "strong-cached",
+        f"{STRONG} --cache {{out}}/cache-{{seed}} --set cache.views=16", SEEDS,
+        needs=["teacher-cnn", "cache-{seed}"],
+    )
+    | seeds("E3", "weak-features", FEATURES, SEEDS, needs=["teacher-cnn"])
+    | seeds("E4", "cnn-alone", f"{FEW_CNN} {ALONE}", SEEDS)
+    | seeds("E4", "cnn-kd", FEW_CNN, SEEDS, needs=["teacher-cnn"])
+    | seeds(
+        "E4", "cnn-vit-guidance", f"train {FASHION}/few-cnn-guidance.yaml", SEEDS,
+        needs=["teacher-vit-small"],
+    )
+    | {
+        "evaluation": evaluated(
+            "E7", "all", "weak-alone-0", "weak-kd-0", "weak-features-0", "strong-alone-0",
+            "strong-kd-0", "cnn-alone-0", "cnn-kd-0", "cnn-vit-guidance-0",
+        ),
+    }
     | seeds("control", "weak-smoothing", f"{WEAK} {SMOOTH}", SEEDS)
     | {
         "teacher-untrained": Run(
@@ -78,58 +123,59 @@ CPU = (
     | seeds(
         "control", "weak-poor", f"{WEAK} {taught('teacher-poor')}", SEEDS, needs=["teacher-poor"],
     )
-    | {
-        "omitted-alone": Run("E8", f"train {FASHION}/omitted.yaml {ALONE}"),
-        "omitted-kd": Run("E8", f"train {FASHION}/omitted.yaml", ("teacher-cnn",)),
-    }
-    | seeds("E2c", "cache", CACHE(f"{FASHION}/few-vit-strong.yaml"), SEEDS, needs=["teacher-cnn"])
     | seeds(
-        "E2c", "strong-cached",
-        f"{STRONG} --cache {{out}}/cache-{{seed}} --set cache.views=16", SEEDS,
-        needs=["teacher-cnn", "cache-{seed}"],
-    )
-    | seeds(
-        "control", "weak-untrained", f"{WEAK} {taught('teacher-untrained')}", SEEDS,
+        "control", "weak-untrained", f"{WEAK} {taught('teacher-untrained')}", 1,
         needs=["teacher-untrained"],
-    )
-    | seeds("E3", "weak-features", FEATURES, SEEDS, needs=["teacher-cnn"])
-    | seeds(
-        "control", "teacher-same",
-        f"{TEACHER} --set data.fraction=0.037 --set train.epochs=30", SEEDS,
-    )
-    | seeds(
-        "control", "weak-same", f"{WEAK} {taught('teacher-same-{seed}')}", SEEDS,
-        needs=["teacher-same-{seed}"],
-    )
-    | {"teacher-vit": Run("E0", f"train {FASHION}/teacher-vit.yaml")}
-    | seeds(
-        "E4", "cnn-vit-guidance", f"train {FASHION}/few-cnn-guidance.yaml", SEEDS,
-        needs=["teacher-vit"],
     )
     | {
         "temperatures": Run(
             "E5",
             f"temperature-sweep {FASHION}/few-vit-weak.yaml --temperatures 1,2,4,8,16 "
-            "--seeds 0,1",
+            "--seeds 0,1 --set train.epochs=40",
             ("teacher-cnn",),
         ),
-        "efficiency": Run(
+        "boot-alone": Run("E8", f"{OMITTED} {ALONE}"),
+        "boot-kd": Run("E8", OMITTED, ("teacher-cnn",)),
+        "dress-alone": Run("E8", f"{OMITTED} --set data.omit=[Dress] {ALONE}"),
+        "dress-kd": Run("E8", f"{OMITTED} --set data.omit=[Dress]", ("teacher-cnn",)),
+        "omitted": evaluated("E8", "clean", "boot-alone", "boot-kd", "dress-alone", "dress-kd"),
+        "first-cnn": Run("first epoch", f"train {FASHION}/cnn-to-cnn.yaml {ALONE} {FIRST}"),
+        "first-vit": Run(
+            "first epoch",
+            f"train {FASHION}/cnn-to-vit.yaml {ALONE} {FIRST} --set train.batch_size=64 "
+            "--set optimizer.lr=2e-3",
+        ),
+    }
+    # What was missed is pursued: a quarter of an hour on top of the hour.
+    | seeds("E1a", "long-alone", f"{WEAK} {ALONE} {LONG}", 1)
+    | seeds("E2a", "long-kd", f"{WEAK} {LONG}", 1, needs=["teacher-cnn"])
+    | {
+        # Does the student lose its robustness to a teacher that has never seen such views?
+        "teacher-strong": Run("E7", f"{TEACHER} --set 'data.augment=[crop, flip, randaugment]'"),
+    }
+    | seeds(
+        "E7", "strong-known", f"{STRONG} {taught('teacher-strong')}", 1, needs=["teacher-strong"],
+    )
+    | {
+        "robust": evaluated(
+            "E7", "corruptions", "strong-alone-0", "strong-kd-0", "strong-known-0",
+        ),
+    }
+    | {
+        "efficiency-cnn": Run(
             "E6",
-            f"sample-efficiency {FASHION}/few-cnn.yaml {FASHION}/few-vit-weak.yaml --baseline "
-            "--sizes 500,2000,8000 --set data.fraction=1",
+            f"sample-efficiency {FASHION}/few-cnn.yaml --baseline --teacher all "
+            "--sizes 500,2000,8000 --set data.fraction=1 --set train.epochs=2 "
+            "--set optimizer.warmup_epochs=0.1",
             ("teacher-cnn",),
-        ),
-        "evaluation": Run(
-            "E7",
-            "evaluate {out}/teacher-cnn {out}/weak-alone-0 {out}/weak-kd-0 {out}/cnn-alone-0 "
-            "{out}/cnn-kd-0 --suite all",
-            ("teacher-cnn", "weak-alone-0", "weak-kd-0", "cnn-alone-0", "cnn-kd-0"),
         ),
     }
 )  # fmt: skip
 
 VIT, RESNET = f"train {CIFAR}/cnn-to-vit.yaml", f"train {CIFAR}/cnn-to-resnet20.yaml"
+CAT = "--set data.omit=[cat] --set train.epochs=20"
 GPU = (
+    # About 27 minutes of one H200: what matters most comes first.
     {"teacher-cnn": Run("E0", f"train {CIFAR}/teacher-cnn.yaml")}
     | seeds("E1b", "strong-alone", f"{VIT} {ALONE}", 1)
     | seeds("E2b", "strong-kd", VIT, 1, needs=["teacher-cnn"])
@@ -147,37 +193,98 @@ GPU = (
         f"train {CIFAR}/vit-to-cnn-guidance.yaml {taught('strong-kd-0')}", 3,
         needs=["strong-kd-0"],
     )
-    | seeds("E1a", "weak-alone", f"train {CIFAR}/cnn-to-vit-weak.yaml {ALONE}", 1)
-    | seeds("E2a", "weak-kd", f"train {CIFAR}/cnn-to-vit-weak.yaml", 1, needs=["teacher-cnn"])
-    | seeds(
-        "E3", "strong-features", f"train {CIFAR}/cnn-to-vit-features.yaml", 1,
-        needs=["teacher-cnn"],
-    )
     | {
         "temperatures": Run(
             "E5",
             f"temperature-sweep {CIFAR}/cnn-to-resnet20.yaml --temperatures 1,2,4,8,16 "
-            "--seeds 0,1 --set train.epochs=20",
+            "--seeds 0,1 --set train.epochs=10",
             ("teacher-cnn",),
         ),
         "efficiency": Run(
             "E6",
-            f"sample-efficiency {CIFAR}/cnn-to-resnet20.yaml {CIFAR}/cnn-to-vit.yaml --baseline "
-            "--sizes 1000,4000,16000",
+            f"sample-efficiency {CIFAR}/cnn-to-vit-weak.yaml {CIFAR}/resnet20-alone.yaml "
+            "--baseline --sizes 1000,4000,16000 --set train.epochs=8 "
+            "--set optimizer.warmup_epochs=1",
             ("teacher-cnn",),
         ),
-        "omitted-alone": Run(
-            "E8", f"{VIT} {ALONE} --set data.omit=[cat] --set train.epochs=20"
+        "cat-alone": Run("E8", f"{VIT} {ALONE} {CAT}"),
+        "cat-kd": Run("E8", f"{VIT} {CAT}", ("teacher-cnn",)),
+        "omitted": evaluated("E8", "clean", "cat-alone", "cat-kd"),
+        "evaluation": evaluated(
+            "E7", "all", "strong-alone-0", "strong-kd-0", "cnn-alone-0", "cnn-kd-0",
         ),
-        "omitted-kd": Run(
-            "E8", f"{VIT} --set data.omit=[cat] --set train.epochs=20", ("teacher-cnn",)
-        ),
-        "evaluation": Run(
-            "E7",
-            "evaluate {out}/teacher-cnn {out}/strong-alone-0 {out}/strong-kd-0 {out}/cnn-alone-0 "
-            "{out}/cnn-kd-0 --suite all",
-            ("teacher-cnn", "strong-alone-0", "strong-kd-0", "cnn-alone-0", "cnn-kd-0"),
+    }
+    | seeds("E1a", "weak-alone", f"train {CIFAR}/cnn-to-vit-weak.yaml {ALONE}", 1)
+    | seeds("E2a", "weak-kd", f"train {CIFAR}/cnn-to-vit-weak.yaml", 1, needs=["teacher-cnn"])
+    | seeds(
+        "E3", "strong-features",
+        f"{VIT} --set 'objective=[{{term: ce, weight: 0.1}}, {{term: kd, weight: 0.6, "
+        "temperature: 1}, {term: features, weight: 0.3, stages: lg}]'", 1, needs=["teacher-cnn"],
+    )
+)  # fmt: skip
+DIGITS = (
+    f"train recipes/quickstart.yaml {ALONE} --set data.fraction=1 --set train.epochs=60 "
+    "--set train.batch_size=50"
+)
+PIXELS = f"{DIGITS} --set student.patch_size=1"
+STILL, PERMUTED = "--set data.augment=[]", "--set data.control=permuted-pixels"
+
+
+def biased(
+    question: str, name: str, *keys: str, base: str = DIGITS, than: str = ""
+) -> dict[str, Run]:
+    """The quickstart's ViT, or another network in its place, with other biases."""
+    words = " ".join(f"--set {shlex.quote(key)}" for key in keys)
+    return seeds(question, name, f"{base} {words}".rstrip(), 5, against=than or "plain")
+
+
+BIAS = (
+    biased("", "plain")
+    | biased("network", "cnn", "student={model: resnet8}")
+    | biased("network", "mlp", "student={model: mlp}")
+    | biased("network", "rows-gru", "student={model: row_gru}")
+    | biased("patches", "patch-4", "student.patch_size=4")
+    | biased("patches", "patch-1", base=PIXELS)
+    | biased("attention", "windows", "student.attention=window", "student.window=2", base=PIXELS,
+             than="patch-1")
+    | biased("attention", "heads-4", "student.heads=4")
+    | biased("attention", "gated", "student.heads=4", "student.attention=gated", than="heads-4")
+    | biased("attention", "dynamic-conv", "student.mixer=dynamic_conv")
+    | biased("position", "position-none", "student.position=none")
+    | biased("position", "position-sincos", "student.position=sincos")
+    | biased("position", "position-conv", "student.position=conv")
+    | biased("stem", "stem-conv", "student.stem=conv")
+    | biased("soft bias", "locality-penalty",
+             "objective=[{term: ce}, {term: locality_penalty, weight: 1}]")
+    | biased("soft bias", "shift-consistency-3",
+             "objective=[{term: ce}, {term: shift_consistency, weight: 3}]")
+    | biased("soft bias", "shift-consistency-30",
+             "objective=[{term: ce}, {term: shift_consistency, weight: 30}]")
+    | biased("matrices", "btt", "student.linear=btt", "student.width=108")
+    | biased("matrices", "monarch", "student.linear=monarch", "student.width=72")
+    | biased("matrices", "kron", "student.linear=kron", "student.width=108")
+    | biased("matrices", "low-rank", "student.linear=low_rank", "student.width=123")
+    | {
+        name: run
+        for network, base in (
+            ("cnn", f"{DIGITS} --set 'student={{model: resnet8}}'"),
+            ("mlp", f"{DIGITS} --set 'student={{model: mlp}}'"),
+            ("pixels", PIXELS),
+        )
+        for still in [f"{network}-still"]
+        for side in (
+            seeds("order of pixels", still, f"{base} {STILL}", 5, against="none"),
+            seeds("order of pixels", f"{network}-permuted", f"{base} {STILL} {PERMUTED}", 5,
+                  against=still),
+        )
+        for name, run in side.items()
+    }
+    | {
+        "evaluation": evaluated(
+            "what they have learned", "bias", "plain-0", "patch-4-0", "patch-1-0", "windows-0",
+            "gated-0", "dynamic-conv-0", "position-conv-0", "locality-penalty-0",
+            "shift-consistency-3-0", "shift-consistency-30-0", "cnn-0", "mlp-0", "rows-gru-0",
         ),
     }
 )  # fmt: skip
-TIERS = {"cpu": CPU, "gpu": GPU}
+TIERS = {"cpu": CPU, "gpu": GPU, "bias": BIAS}

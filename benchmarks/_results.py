@@ -1,20 +1,23 @@
-"""What the runs of proof.py reached, as data and as the tables of docs/results.md."""
+"""What the runs of proof.py reached, as data and as tables of the documents."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _bars import bars
 from _document import put
-from _intervals import interval
 from _plan import TIERS, Run
+from _sides import gain, sides
 
 HERE = Path(__file__).parents[1]
-PAGE = HERE / "docs" / "results.md"
+DOCS = HERE / "docs"
+PAGES = {"cpu": DOCS / "results.md", "gpu": DOCS / "results.md", "bias": DOCS / "conclusions.md"}
 KEPT = (  # of a result.json
     "top1", "val_top1", "nll", "ece", "epochs", "steps", "seconds", "images_per_second",
     "parameters", "flops", "memory",
@@ -42,27 +45,61 @@ def recorded(plan: Mapping[str, Run], out: Path, where: Mapping[str, Any]) -> di
         where: The machine that they ran on.
     """
     found: dict[str, Any] = {}
+    walls = _walls(out / "log" / "seconds.jsonl")
     for name, run in plan.items():
         path = mark(run, out / name)
         if not path.exists():
             continue
         content = path.read_bytes()
-        document = json.loads(content)
-        if path.name == "result.json":
-            document = {key: document.get(key) for key in KEPT}
-        elif path.name == "index.json":
-            document = {}
         command = f"distill {run.command} --out {{out}}/{name}".replace("{out}", f"runs/{out.name}")
         found[name] = {
             "experiment": run.experiment,
             "condition": run.condition or name,
             "seed": run.seed,
+            "against": run.against,
             "command": command,
             "sha256": hashlib.sha256(content).hexdigest(),
             "device": f"{where['device']}, torch {where['torch']}",
-            "found": document,
+            "wall": walls.get(name),  # seconds, start and evaluation included
+            "found": _kept(path.name, json.loads(content)),
         }
     return found
+
+
+def _walls(log: Path) -> dict[str, float]:
+    """Seconds by run, over all times that it was gone on with."""
+    found: dict[str, float] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        one = json.loads(line)
+        found[one["name"]] = round(found.get(one["name"], 0.0) + one["seconds"], 1)
+    return found
+
+
+def _kept(name: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a run's file."""
+    if name == "result.json":
+        return {key: document.get(key) for key in KEPT}
+    if name == "index.json":
+        return {}
+    if name == "evaluation.json":
+        return {"subjects": [_kept_subject(one) for one in document["subjects"]]}
+    return {key: value for key, value in document.items() if key not in ("out", "best_recipe")}
+
+
+def _kept_subject(one: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's numbers, and which part of each class it finds."""
+    numbers = {
+        suite: {
+            key: {"value": number["value"], "ci95": number["ci95"]}
+            for key, number in suite_.items()
+        }
+        for suite, suite_ in one["numbers"].items()
+    }
+    kept = {"name": one["name"], "role": one["role"], "numbers": numbers}
+    if table := one["tables"].get("clean"):
+        shares = [row[i] / sum(row) for i, row in enumerate(table["confusion"])]
+        kept["recall"] = dict(zip(table["classes"], shares, strict=True))
+    return kept
 
 
 def kept(tier: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,70 +110,76 @@ def kept(tier: str, found: Mapping[str, Any]) -> dict[str, Any]:
     place = HERE / "benchmarks" / "results" / f"proof-{tier}.json"
     old = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
     same = {name for name, run in found.items() if old.get(name, {}).get("sha256") == run["sha256"]}
-    new = {name: old[name] if name in same else run for name, run in found.items()}
+    new = {
+        name: run | ({"device": old[name]["device"]} if name in same else {})
+        for name, run in found.items()
+    }
     both = {name: run for name in TIERS[tier] if (run := new.get(name, old.get(name)))}
     place.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
     return both
 
 
-def written(tier: str, found: Mapping[str, Any]) -> None:
-    """Keep the results, and put their tables into the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(put(text, f"proof-{tier}", tables(kept(tier, found))), encoding="utf-8")
-
-
-def sides(found: Mapping[str, Any]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    """Trainings by condition and seed."""
-    by_condition: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for run in found.values():
-        if "top1" in run["found"]:
-            by_condition.setdefault(run["condition"], {})[run["seed"]] = run
-    return by_condition
-
-
-def gain(
-    one: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]
-) -> tuple[float, tuple[float, float] | None]:
-    """By how many points one side is ahead of the other, paired by seed, and its 95 % interval."""
-    both = sorted(one.keys() & other.keys())
-    points = [100 * (one[seed]["found"]["top1"] - other[seed]["found"]["top1"]) for seed in both]
-    mean, half = interval(points)
-    return mean, None if half is None else (mean - half, mean + half)
+def written(tier: str, found: Mapping[str, Any], out: Path) -> None:
+    """Keep the results, put their tables into the page, and the plots of the runs beside it."""
+    for name, run in TIERS[tier].items():
+        plot = mark(run, out / name).with_suffix(".svg")
+        if plot.exists():
+            shutil.copyfile(plot, DOCS / "images" / f"{tier}-{name}.svg")
+    page = PAGES[tier]
+    text = page.read_text(encoding="utf-8")
+    page.write_text(put(text, f"proof-{tier}", tables(kept(tier, found))), encoding="utf-8")
 
 
 def tables(found: Mapping[str, Any]) -> str:
     """All of it in Markdown."""
     devices = sorted({run["device"] for run in found.values()})
-    lines = [f"Made on {'; '.join(devices)}.", ""]
-    return "\n".join([*lines, *_trainings(found), *_others(found)]).rstrip() + "\n"
+    lines = [f"Made on {'; '.join(devices)}.", "", *_asked(found), *_trainings(found)]
+    return "\n".join([*lines, *_others(found)]).rstrip() + "\n"
 
 
-def _alone(condition: str) -> str:
-    return f"{condition.partition('-')[0]}-alone"
+def _asked(found: Mapping[str, Any]) -> Iterator[str]:
+    if not (all_bars := bars(found)):
+        return
+    yield "| | asked for | measured | |"
+    yield "|---|---|---:|---|"
+    for bar in all_bars:
+        word = "reached" if bar.reached else "**missed**"
+        yield f"| {bar.experiment} | {bar.asked} | {bar.measured} | {word} |"
+    yield ""
 
 
 def _trainings(found: Mapping[str, Any]) -> Iterator[str]:
-    yield "| | run | seeds | test top-1 | against alone, points | 95 % | NLL | ECE | seconds |"
-    yield "|---|---|---:|---:|---:|---|---:|---:|---:|"
+    heads = ("run", "seeds", "test top-1", "ahead, points", "95 %", "of", "NLL", "ECE", "MFLOPs")
+    yield f"| | {' | '.join(heads)} | seconds |"
+    yield "|---|---|---:|---:|---:|---|---|---:|---:|---:|---:|"
     all_sides = sides(found)
     for condition, runs in all_sides.items():
         values = {
             key: statistics.mean(run["found"][key] for run in runs.values())
-            for key in ("top1", "nll", "ece", "seconds")
+            for key in ("top1", "nll", "ece")
         }
-        ahead, interval = "", ""
-        alone = all_sides.get(_alone(condition))
-        if alone and condition != _alone(condition) and runs.keys() & alone.keys():
-            mean, ends = gain(runs, alone)
-            ahead = f"{mean:+.2f}"
-            interval = f"{ends[0]:+.2f} to {ends[1]:+.2f}" if ends else "one seed"
+        ahead, ends, of = "", "", ""
         first = next(iter(runs.values()))
+        other = all_sides.get(first["against"], {})
+        if first["against"] != condition and runs.keys() & other.keys():
+            mean, interval = gain(runs, other)
+            ahead, of = f"{mean:+.2f}", f"`{first['against']}`"
+            ends = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "one seed"
         yield (
             f"| {first['experiment']} | `{condition}` | {len(runs)} | {values['top1']:.2%} "
-            f"| {ahead} | {interval} | {values['nll']:.3f} | {values['ece']:.3f} "
-            f"| {values['seconds']:.0f} |"
+            f"| {ahead} | {ends} | {of} | {values['nll']:.3f} | {values['ece']:.3f} "
+            f"| {first['found']['flops'] / 1e6:.2f} | {_wall(runs.values())} |"
         )
+    caches = [run for run in found.values() if "teacher-cache" in run["command"]]
+    if caches:
+        wall = _wall(caches)
+        yield f"| {caches[0]['experiment']} | `cache` | {len(caches)} | | | | | | | | {wall} |"
     yield ""
+
+
+def _wall(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Seconds of a run in the middle."""
+    return f"{statistics.median(run['wall'] or run['found']['seconds'] for run in runs):.0f}"
 
 
 def _others(found: Mapping[str, Any]) -> Iterator[str]:
@@ -180,7 +223,7 @@ def _curves(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {curve['name']} | {' | '.join(cells)} |"
     yield ""
     for one in document["multipliers"]:
-        if one["value"] is not None:
+        if one["value"] is not None and one["value"] > 1:  # each pair is there in both orders
             ends = f" ({one['ci95'][0]:.2f} to {one['ci95'][1]:.2f})" if one["ci95"] else ""
             yield f"- {one['over']} needs {one['value']:.2f} times{ends} the images of {one['of']}."
 
@@ -194,9 +237,12 @@ SHOWN = (  # suite, measure, heading, in per cent
     ("bias", "lie_translation_relative", "Lie derivative", False),
     ("bias", "consistency", "same after a shift", True),
     ("bias", "attention_distance_relative", "attention distance", False),
+    ("bias", "data_specificity", "data specificity", False),
     ("bias", "erf_radius_relative", "receptive field", False),
     ("bias", "cka", "CKA with teacher", False),
+    ("bias", "effective_rank", "effective rank", False),
     ("bias", "sharpness", "sharpness", False),
+    ("dense", "dense_iou", "foreground IoU", True),
 )
 
 
@@ -206,11 +252,16 @@ def _evaluation(document: Mapping[str, Any]) -> Iterator[str]:
         one for one in SHOWN
         if any(one[1] in subject["numbers"].get(one[0], {}) for subject in subjects)
     ]  # fmt: skip
-    yield f"| | {' | '.join(heading for _, _, heading, _ in shown)} |"
-    yield f"|---|{'---:|' * len(shown)}"
+    unseen = sorted(
+        {label for one in subjects for label, part in one.get("recall", {}).items() if part == 0}
+    )
+    headings = [*(heading for _, _, heading, _ in shown), *(f"finds {label}" for label in unseen)]
+    yield f"| | {' | '.join(headings)} |"
+    yield f"|---|{'---:|' * len(headings)}"
     for subject in subjects:
         cells = []
         for suite, key, _, percent in shown:
             number = subject["numbers"].get(suite, {}).get(key, {}).get("value")
             cells.append("" if number is None else f"{number:.2%}" if percent else f"{number:.3g}")
+        cells += [f"{subject['recall'][label]:.1%}" for label in unseen]
         yield f"| {subject['name']} | {' | '.join(cells)} |"

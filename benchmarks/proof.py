@@ -1,18 +1,19 @@
 """Does a teacher help, by how much, on real images: every run behind docs/results.md.
 
-    python benchmarks/proof.py --tier cpu [--out runs/proof-cpu] [--minutes 60] [--only E0,E2b]
+    python benchmarks/proof.py --tier cpu|gpu|bias [--out DIR] [--minutes 60] [--only E0,E2b]
 
 `_plan.py` has the runs: each is a command of ours on a ready recipe, and the images lie where the
 recipes say. Runs begin as soon as those that they need are done, `--jobs` beside each other, in the
 order of the plan. When `--minutes` are over, what is in work is stopped; the same command goes on
 from there, and nothing that is done is done again. `--quick` shows on a few images that all works;
 its figures mean nothing. In the end all results go to benchmarks/results/proof-TIER.json and from
-there into docs/results.md.
+there into docs/results.md, those of `bias` into docs/conclusions.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -96,8 +97,11 @@ class Work:
         for name, (process, began) in list(self._working.items()):
             if process.poll() is not None:
                 del self._working[name]
+                seconds = time.monotonic() - began
+                with (self._out / "log" / "seconds.jsonl").open("a") as log:
+                    log.write(json.dumps({"name": name, "seconds": round(seconds, 1)}) + "\n")
                 how = f"status {process.returncode}" if process.returncode else "done"
-                SCREEN.print(f"{name}: {how}, {time.monotonic() - began:.0f} s")
+                SCREEN.print(f"{name}: {how}, {seconds:.0f} s")
 
 
 def chosen(tier: str, only: str | None) -> dict[str, Run]:
@@ -123,11 +127,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     options.out = options.out or Path("runs") / f"proof-{options.tier}"
-    options.jobs = options.jobs or {"cpu": 2, "gpu": 1}[options.tier]
+    options.jobs = options.jobs or (1 if options.tier == "gpu" else 2)
     Work(chosen(options.tier, options.only), options).all()
-    where = machine({"cpu": "cpu", "gpu": "cuda"}[options.tier])
+    where = machine("cuda" if options.tier == "gpu" else "cpu")
     if not options.quick:
-        written(options.tier, recorded(TIERS[options.tier], options.out, where))
+        found = recorded(TIERS[options.tier], options.out, where)
+        written(options.tier, found, options.out)
 
 
 if __name__ == "__main__":

@@ -249,8 +249,8 @@ def test_what_the_page_of_conclusions_has_typed_is_right() -> None:
     commands = [line for line in text.splitlines() if line.startswith("distill ")]
     rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     keys = [span for row in rows for span in CODE.findall(row[2]) if ": " in span]
-    assert len(commands) == 2
-    assert len(keys) > 10
+    assert commands
+    assert len(keys) > 20
     assert [fault for span in [*commands, *keys] for fault in typed(span)] == []
 
 
