@@ -134,7 +134,7 @@ def tables(found: Mapping[str, Any]) -> str:
     """All of it in Markdown."""
     devices = sorted({run["device"] for run in found.values()})
     lines = [f"Made on {'; '.join(devices)}.", "", *_asked(found), *_trainings(found)]
-    return "\n".join([*lines, *_others(found)]).rstrip() + "\n"
+    return "\n".join([*lines, *_others(found), *_commands(found)]).rstrip() + "\n"
 
 
 def _asked(found: Mapping[str, Any]) -> Iterator[str]:
@@ -175,6 +175,16 @@ def _trainings(found: Mapping[str, Any]) -> Iterator[str]:
         wall = _wall(caches)
         yield f"| {caches[0]['experiment']} | `cache` | {len(caches)} | | | | | | | | {wall} |"
     yield ""
+
+
+def _commands(found: Mapping[str, Any]) -> Iterator[str]:
+    """How every run is made again, folded away."""
+    yield "<details><summary>The command of every run, and the SHA-256 of its result</summary>"
+    yield ""
+    for name, run in found.items():
+        yield f"- `{name}`: `{run['command']}`, {run['sha256']}"
+    yield ""
+    yield "</details>"
 
 
 def _wall(runs: Iterable[Mapping[str, Any]]) -> str:
