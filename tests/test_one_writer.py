@@ -165,7 +165,7 @@ def test_savers_of_others_write_where_export_staged_a_folder() -> None:
     export, download = (
         (ROOT / "distill" / name).read_text() for name in ("export/__init__.py", "data/download.py")
     )
-    assert re.findall(r"form\.write\(.*\)", export) == ["form.write(student, path, precision)"]
+    assert re.findall(r"form\.write\(.*\)", export) == ["form.write(given, path, precision)"]
     assert "path = aside / form.file(precision)" in export
     assert "storage.staged(out) as aside" in export
     assert "storage.staged(folder) as aside" in download
