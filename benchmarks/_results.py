@@ -46,12 +46,14 @@ def recorded(plan: Mapping[str, Run], out: Path, where: Mapping[str, Any]) -> di
     """
     found: dict[str, Any] = {}
     walls = _walls(out / "log" / "seconds.jsonl")
+    shown = f"runs/{out.name}"
     for name, run in plan.items():
         path = mark(run, out / name)
         if not path.exists():
             continue
         content = path.read_bytes()
-        command = f"distill {run.command} --out {{out}}/{name}".replace("{out}", f"runs/{out.name}")
+        command = f"distill {run.command} --out {{out}}/{name}".replace("{out}", shown)
+        document = json.loads(content.decode().replace(str(out.resolve()), shown))
         found[name] = {
             "experiment": run.experiment,
             "condition": run.condition or name,
@@ -61,7 +63,7 @@ def recorded(plan: Mapping[str, Run], out: Path, where: Mapping[str, Any]) -> di
             "sha256": hashlib.sha256(content).hexdigest(),
             "device": f"{where['device']}, torch {where['torch']}",
             "wall": walls.get(name),  # seconds, start and evaluation included
-            "found": _kept(path.name, json.loads(content)),
+            "found": _kept(path.name, document),
         }
     return found
 
