@@ -75,9 +75,11 @@ def _views(found: Found) -> Iterator[Bar]:
     all_sides = sides(found)
     if "strong-cached" in all_sides:
         live, cached = (_seconds(all_sides[name]) for name in ("strong-kd", "strong-cached"))
+        told = f"{live / cached:.2f}"
         made = [one["wall"] for one in found.values() if one["condition"] == "cache"]
-        built = statistics.median(made) if all(made) else float("nan")
-        told = f"{live / cached:.2f}; {live / (cached + built):.2f} with a cache for it alone"
+        if made and all(made):
+            whole = cached + statistics.median(made)
+            told += f"; {live / whole:.2f} with a cache for it alone"
         asked = "from a cache: a training is 1.3 times as fast as live"
         yield Bar("E2c", asked, told, live / cached >= 1.3)
 

@@ -61,11 +61,17 @@ def recorded(plan: Mapping[str, Run], out: Path, where: Mapping[str, Any]) -> di
             "against": run.against,
             "command": command,
             "sha256": hashlib.sha256(content).hexdigest(),
+            **_weights(out / name / "student.safetensors"),
             "device": f"{where['device']}, torch {where['torch']}",
             "wall": walls.get(name),  # seconds, start and evaluation included
             "found": _kept(path.name, document),
         }
     return found
+
+
+def _weights(file: Path) -> dict[str, str]:
+    """The digest of what was trained: the same wherever the same bits are computed."""
+    return {"weights": hashlib.sha256(file.read_bytes()).hexdigest()} if file.exists() else {}
 
 
 def _walls(log: Path) -> dict[str, float]:

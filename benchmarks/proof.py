@@ -30,17 +30,23 @@ from rich.console import Console
 HERE = Path(__file__).parents[1]
 SCREEN = Console(stderr=True, highlight=False)
 GRACE = 60.0  # seconds that a run has to save itself
-SHORT = ("data.fraction=0.01", "train.epochs=2", "optimizer.warmup_epochs=0", "train.batch_size=20")
+# Tens of digits, hundreds of larger images.
+SHORT = ("train.epochs=2", "optimizer.warmup_epochs=0", "train.batch_size=20")
+PART = {"cpu": 0.01, "gpu": 0.01, "bias": 0.1}
 
 
-def words(name: str, run: Run, out: Path, *, quick: bool) -> list[str]:
-    """What a run is started with."""
+def words(name: str, run: Run, out: Path, *, part: float | None) -> list[str]:
+    """What a run is started with; with `part`, a short one on that part of the images."""
     made = shlex.split(run.command.replace("{out}", str(out)))
-    if quick and made[0] != "evaluate":
+    if part and made[0] != "evaluate":
         of_teacher = run.needs and "teachers=" not in run.command
         places = ("", "teachers.0.recipe.") if of_teacher else ("",)
-        keys = SHORT[1:] if made[0] == "sample-efficiency" else SHORT
-        made += [word for at in places for key in keys for word in ("--set", at + key)]
+        if of_teacher:  # a second recipe has no teacher to shorten
+            made = [word for i, word in enumerate(made) if i < 2 or not word.endswith(".yaml")]
+        keys = [at + key for at in places for key in SHORT]
+        whole = made[0] == "sample-efficiency"  # whose sizes say how many
+        keys += [f"{at}data.fraction={part}" for at in places if at or not whole]
+        made += [word for key in keys for word in ("--set", key)]
     return [sys.executable, "-m", "distill", *made, "--out", str(out / name)]
 
 
@@ -85,7 +91,8 @@ class Work:
         return all(self._done(need, self._runs[need]) for need in self._runs[name].needs)
 
     def _begin(self, name: str) -> None:
-        command = words(name, self._runs[name], self._out, quick=self._options.quick)
+        part = PART[self._options.tier] if self._options.quick else None
+        command = words(name, self._runs[name], self._out, part=part)
         with (self._out / "log" / f"{name}.log").open("ab") as log:
             log.write(f"{shlex.join(command)}\n".encode())
             log.flush()
@@ -129,8 +136,8 @@ def main() -> None:
     options.out = options.out or Path("runs") / f"proof-{options.tier}"
     options.jobs = options.jobs or (1 if options.tier == "gpu" else 2)
     Work(chosen(options.tier, options.only), options).all()
-    where = machine("cuda" if options.tier == "gpu" else "cpu")
     if not options.quick:
+        where = machine("cuda" if options.tier == "gpu" else "cpu")
         found = recorded(TIERS[options.tier], options.out, where)
         written(options.tier, found, options.out)
 
