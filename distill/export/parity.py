@@ -60,11 +60,13 @@ def known(
 ) -> Known:
     """What the student says of these images, on the CPU in float32."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / torch.tensor(255.0)
-    taps = [stage.module for stage in stages]
+    maps: list[Map] = []
     with torch.no_grad():
         logits = torch.cat([network(part).logits for part in torch.split(images, _BATCH)])
-        features = tapped(network, taps)(images[:MAPPED]).features or {}
-    return Known(pixels, labels, logits.numpy(), tuple(features[tap].numpy() for tap in taps))
+        if taps := [stage.module for stage in stages]:
+            told = tapped(network, taps)(images[:MAPPED])
+            maps = [told.read(tap).numpy() for tap in taps]
+    return Known(pixels, labels, logits.numpy(), tuple(maps))
 
 
 def compare(answer: Answer, show: Callable[[Pixels], np.ndarray], student: Known) -> Parity:
