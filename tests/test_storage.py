@@ -59,6 +59,7 @@ def test_a_file_is_old_or_new_wherever_the_writer_dies(tmp_path: Path, measured:
 
 
 def _write_files(folder: Path) -> None:
+    storage.make_folder(folder / "sub")
     storage.write_folder(folder / "sub" / "step", FILES)
 
 
@@ -567,6 +568,20 @@ def test_too_little_room_is_said_before_the_run(tmp_path: Path) -> None:
 
 
 def test_appended_lines_follow_what_is_there(tmp_path: Path) -> None:
+    storage.write(tmp_path / "file", b"")
     for line in (b"one\n", b"two\n"):
         storage.append(tmp_path / "file", line)
     assert (tmp_path / "file").read_bytes() == b"one\ntwo\n"
+
+
+def test_what_was_moved_away_is_not_begun_anew(tmp_path: Path) -> None:
+    """Nothing of a run is written to another folder that has its name by now."""
+    actions: list[Callable[[], object]] = [
+        lambda: storage.append(tmp_path / "file", NEW),
+        lambda: storage.write_folder(tmp_path / "checkpoint" / "step", FILES),
+    ]
+    for action in actions:
+        with pytest.raises(PreflightError, match="no such file or directory") as caught:
+            action()
+        assert "was it removed" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []

@@ -173,6 +173,7 @@ class Training:
         found = checkpoint.load(run.checkpoints, warn=console.warn, **self._alike)
         if found is None:
             if self.here.main:
+                storage.make_folder(run.checkpoints)
                 storage.write(run.metrics, b"")
             return Counter(0, 0.0, 0.0, [])
         parallel.load(session.distiller, found.tensors["model"])

@@ -99,16 +99,17 @@ def create(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add `data` to the end of the file at `path`.
+    """Add `data` to the end of the file at `path`, which is there: none is begun in its place.
 
     A crash or a full disk can leave a part of it there, as `write` never does: this is for files
     whose true content is known elsewhere. `sync` brings it to the disk.
 
     Raises:
-        PreflightError: If the disk is full, or the file cannot be written.
+        PreflightError: If the disk is full, or the file is missing or cannot be written.
     """
     try:
-        with path.open("ab") as file:
+        with path.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
             file.write(data)
     except OSError as error:
         refuse(path, error, len(data))

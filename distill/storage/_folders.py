@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import DamagedError
-from distill.storage._files import make_folder, move, sync_folder, temporary, write_synced
+from distill.storage._files import move, sync_folder, temporary, write_synced
 from distill.storage._room import refuse
 
 MANIFEST = "MANIFEST.json"
@@ -24,15 +24,16 @@ MANIFEST = "MANIFEST.json"
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Make the folder `path` with `files` and a manifest of their SHA-256, all or nothing.
 
+    The folder that it lies in is not made: where somebody moved it away, nothing takes its place.
+
     Raises:
-        PreflightError: If the disk is full, or the parent folder cannot be written.
+        PreflightError: If the disk is full, or the parent folder is missing or cannot be written.
     """
     aside = temporary(path)
     manifest = {
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in files.items()
     }
-    make_folder(path.parent)
     try:
         aside.mkdir()
         for name, data in files.items():

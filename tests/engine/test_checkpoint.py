@@ -156,7 +156,9 @@ def test_the_same_step_is_kept_if_it_is_whole_and_written_again_if_not(
 
 def _save_as_nobody(place: Path, said: Path) -> None:
     # Once before, for what is imported by it: nobody may not read every environment.
-    saved(place.with_name("before"), 1)
+    before = place.with_name("before")
+    before.mkdir()
+    saved(before, 1)
     with said.open("w") as told:
         if os.getuid() == 0:  # whom no mode hinders
             os.setuid(65534)
@@ -168,6 +170,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_a_warning(
     tmp_path: Path, measured: Measured
 ) -> None:
     place = tmp_path / "checkpoint"
+    place.mkdir()
     saved(place, 1, 2)
     for folder in (*tmp_path.parents[:3], tmp_path):
         folder.chmod(folder.stat().st_mode | 0o055)

@@ -32,6 +32,8 @@ def losses(total: float, ce: float, kd: float) -> Losses:
 
 
 def monitor(path: Path | None = None) -> Monitor:
+    if path is not None and path.parent.is_dir():
+        path.touch()
     return Monitor(path, ["ce", "kd"], CPU)
 
 
