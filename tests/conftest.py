@@ -52,6 +52,32 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = marked
 
 
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Files that should be the same are named, and not shown: their bytes say nothing."""
+    if op != "==" or not (_is_files(left) and _is_files(right)):
+        return None
+    assert isinstance(left, dict)
+    assert isinstance(right, dict)
+    lines = ["the files differ"]
+    for name in sorted(left.keys() | right.keys()):
+        found, expected = left.get(name), right.get(name)
+        if found is None or expected is None:
+            lines.append(f"{name}: {'missing' if found is None else 'not expected'}")
+        elif found != expected:
+            pairs = enumerate(zip(found, expected, strict=False))
+            others = [at for at, (one, other) in pairs if one != other]
+            at = others[0] if others else min(len(found), len(expected))
+            lines.append(
+                f"{name}: {len(found):,} bytes, expected {len(expected):,}; {len(others):,} differ,"
+                f" from {at:,} on: {found[at : at + 40]!r}, expected {expected[at : at + 40]!r}"
+            )
+    return lines
+
+
+def _is_files(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(data, bytes) for data in value.values())
+
+
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Measured:
     """Says what a test with `@pytest.mark.promise` found."""
