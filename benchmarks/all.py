@@ -97,6 +97,10 @@ COMPARISONS = {
         "Files of images", "decode.py", "--rounds {rounds}", "--rounds 1", ("cpu",)
     ),
     "startup": Comparison("Starts", "startup.py", "--rounds 7", "--rounds 1"),
+    "busy": Comparison(
+        "Beside other programs", "busy.py", "--rounds 3", "--rounds 1 --epochs 1 --beside 1",
+        ("cpu",),
+    ),
     "scaling": Comparison("Several processes", "scaling.py", "", ""),
     "scale": Comparison("Large sets of images", "scale.py", "10000 100000 1000000", "1000"),
     "limits": Comparison(

@@ -17,6 +17,10 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if APART:
         os.environ.setdefault("PYTHONSAFEPATH", "1")  # in the processes that are started either
+    # Threads of PyTorch wait for each other many times a step. Where one lost its core to another
+    # program, the rest would spin for milliseconds each time (300,000 turns) on what it could have.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as fast where nothing else runs
     from distill.cli import app
 
     app(prog_name="distill")

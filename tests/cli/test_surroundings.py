@@ -169,3 +169,29 @@ def test_surroundings_decide_nothing(
     same = [key for key, content in expected.items() if found[key] == content]
     assert [key for key in expected if key not in same] == []
     measured(f"`distill train`: {name}", f"{len(same)} of {len(expected)} files byte for byte")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(
+    said: dict[str, str], expected: str | None
+) -> None:
+    """Beside a busy program they would keep cores from the thread that they wait for."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | said
+    # What a process that the command starts would see, when the command is through.
+    code = (
+        "import atexit, os; from distill.__main__ import main; "
+        "atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'))); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"],
+        env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split()[-1] == str(expected)

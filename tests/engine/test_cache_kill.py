@@ -51,6 +51,13 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
+def build(recipe: Path, out: Path) -> None:
+    """Make all that is missing."""
+    process = processes.build(recipe, out, (1, 1))
+    process.join()
+    assert process.exitcode == 0
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Everything in a cache but what killed writers left half written."""
     return {
@@ -67,7 +74,7 @@ def test_killed_parallel_and_double_writers_change_nothing(
     recipe: Path, tmp_path: Path, kills: int, measured: Measured
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    processes.build(recipe, whole, (1, 1)).join()
+    build(recipe, whole)
     dice = random.Random(kills)
     running = [processes.build(recipe, broken, part) for part in PARTS]
     done = 0
@@ -93,7 +100,7 @@ def test_killed_parallel_and_double_writers_change_nothing(
     for process in running:
         process.join()
         assert process.exitcode == 0
-    processes.build(recipe, broken, (1, 1)).join()
+    build(recipe, broken)
     assert files(broken) == files(whole)
     manifest = write.read_manifest(Folder(broken))
     assert manifest is not None
