@@ -61,6 +61,8 @@ def _views(found: Found) -> Iterator[Bar]:
         found, "E2a", "ViT, weak views: KD is 3.0 points ahead", ("weak-kd", "weak-alone"), 3.0
     )
     yield from _ahead(found, "E2a", "the same, twice as long", ("long-kd", "long-alone"), 3.0)
+    longer = "ViT, weak views, eight times as long: KD is 3.0 points ahead"
+    yield from _ahead(found, "E2a", longer, ("far-kd", "far-alone"), 3.0)
     yield from _ahead(
         found, "E2b", "ViT, strong views: KD is 1.0 ahead", ("strong-kd", "strong-alone"), 1.0
     )
@@ -116,6 +118,9 @@ def _temperature(found: Found) -> Iterator[Bar]:
 
 
 def _images(found: Found) -> Iterator[Bar]:
+    for name, seen, least in (("far-kd", "all", 8.0), ("far-same", "the same", 3.0)):
+        words = f"2,000 images, as long, a teacher that has seen {seen}: {least:.0f} points ahead"
+        yield from _ahead(found, "E6", words, (name, "far-alone"), least)
     if not (run := found.get("efficiency")):
         return
     document = run["found"]

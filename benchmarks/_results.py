@@ -17,11 +17,14 @@ from _sides import gain, sides
 
 HERE = Path(__file__).parents[1]
 DOCS = HERE / "docs"
-PAGES = {"cpu": DOCS / "results.md", "gpu": DOCS / "results.md", "bias": DOCS / "conclusions.md"}
+PAGES = dict.fromkeys(("cpu", "long", "gpu"), DOCS / "results.md") | {
+    "bias": DOCS / "conclusions.md"
+}
 KEPT = (  # of a result.json
     "top1", "val_top1", "nll", "ece", "epochs", "steps", "seconds", "images_per_second",
     "parameters", "flops", "memory",
 )  # fmt: skip
+OWN = ("gain", "gain_ci95")  # of one that has the student alone beside it
 MARKS = {  # what a command leaves behind when it is done
     "train": "result.json",
     "teacher-cache": "index.json",
@@ -86,7 +89,8 @@ def _walls(log: Path) -> dict[str, float]:
 def _kept(name: str, document: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a run's file."""
     if name == "result.json":
-        return {key: document.get(key) for key in KEPT}
+        own = {key: document[key] for key in OWN if document.get(key) is not None}
+        return {key: document.get(key) for key in KEPT} | own
     if name == "index.json":
         return {}
     if name == "evaluation.json":
@@ -172,7 +176,11 @@ def _trainings(found: Mapping[str, Any]) -> Iterator[str]:
         if first["against"] != condition and runs.keys() & other.keys():
             mean, interval = gain(runs, other)
             ahead, of = f"{mean:+.2f}", f"`{first['against']}`"
-            ends = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "one seed"
+            ends = _ends(interval) if interval else "one seed"
+        elif "gain" in first["found"]:
+            own = first["found"]
+            ahead, of = f"{100 * own['gain']:+.2f}", "itself alone"
+            ends = f"{_ends([100 * end for end in own['gain_ci95']])}, over images"
         yield (
             f"| {first['experiment']} | `{condition}` | {len(runs)} | {values['top1']:.2%} "
             f"| {ahead} | {ends} | {of} | {values['nll']:.3f} | {values['ece']:.3f} "
@@ -183,6 +191,10 @@ def _trainings(found: Mapping[str, Any]) -> Iterator[str]:
         wall = _wall(caches)
         yield f"| {caches[0]['experiment']} | `cache` | {len(caches)} | | | | | | | | {wall} |"
     yield ""
+
+
+def _ends(interval: Sequence[float]) -> str:
+    return f"{interval[0]:+.2f} to {interval[1]:+.2f}"
 
 
 def _commands(found: Mapping[str, Any]) -> Iterator[str]:

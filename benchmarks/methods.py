@@ -1,33 +1,42 @@
 """Every method with few images: one pair a direction, several seeds, and the student alone.
 
-    python benchmarks/methods.py --root ~/data --out runs/methods [--direction cnn-to-vit]...
+    python benchmarks/methods.py [--root ~/data] [--out runs/methods] [--direction cnn-to-vit]...
         [--method kd]... [--seeds 3]
 
 The teachers are trained once, by `recipes/fashion-mnist/teacher-{cnn,vit}.yaml`, on all 54,000
 images. A student sees 1,000 images of Fashion-MNIST in ten views each; a seed decides which images,
 their views, their order and the initial weights. All methods of a seed share these, and the number
 of steps. Logits, features and attention come from a cache. Whatever is done already is not done
-again.
+again. All that is asked for goes to benchmarks/results/methods.jsonl, each run with the SHA-256 of
+its result.json and of its student.safetensors, and from there into docs/methods.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from _document import put
 from _intervals import interval
 
 from distill import yamlio
 from distill.engine import machine
+from distill.engine.run import Run
 from distill.engine.train import train
 from distill.recipe import Recipe
 
-HERE = Path(__file__).parents[1] / "recipes" / "fashion-mnist"
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "recipes" / "fashion-mnist"
+RESULTS = ROOT / "benchmarks" / "results" / "methods.jsonl"
+DOCUMENT = ROOT / "docs" / "methods.md"
+Row = dict[str, Any]
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "cnn": {
@@ -119,8 +128,7 @@ NOT_FOR = {  # what a direction has not
 def recipe(direction: str, method: str, seed: int, root: str, out: Path) -> Recipe:
     """The recipe of one run."""
     teacher, _, student = direction.partition("-to-")
-    terms = METHODS[method]
-    taught = any(term["term"] not in ALONE for term in terms)
+    terms, taught = METHODS[method], _taught(method)
     data = {
         "name": "fashion-mnist",
         "root": root,
@@ -150,6 +158,11 @@ def recipe(direction: str, method: str, seed: int, root: str, out: Path) -> Reci
 ALONE = ("ce", "tfkd", "locality_penalty", "shift_consistency", "subset")
 
 
+def _taught(method: str) -> bool:
+    """Whether it needs a teacher: without one a student is the same in both directions."""
+    return any(term["term"] not in ALONE for term in METHODS[method])
+
+
 def prepare(root: str, out: Path, seeds: int, direction: str) -> None:
     """Train the teacher and write what it says."""
     teacher = direction.partition("-to-")[0]
@@ -163,55 +176,99 @@ def prepare(root: str, out: Path, seeds: int, direction: str) -> None:
 
 
 def main() -> None:
-    """Run what is asked for, and print a table of it."""
+    """Run what is asked for, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--root", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--root", default="~/data")
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--direction", action="append", choices=DIRECTIONS)
     parser.add_argument("--method", action="append", choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     machine.setup(workers=0)
+    found = []
     for direction in options.direction or DIRECTIONS:
         prepare(options.root, options.out, options.seeds, direction)
-        rows = {}
         for method in options.method or METHODS:
-            if direction in NOT_FOR.get(method, ()):
-                continue
-            rows[method] = [
-                one(direction, method, seed, options.root, options.out)
-                for seed in range(options.seeds)
-            ]
-        table(direction, rows)
+            if direction not in NOT_FOR.get(method, ()):
+                for seed in range(options.seeds):
+                    found.append(one(direction, method, seed, options.root, options.out))
+                    print(found[-1], flush=True)
+    rows = kept(found)
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(put(page, "methods", table(rows)), encoding="utf-8")
 
 
-def one(direction: str, method: str, seed: int, root: str, out: Path) -> float:
-    """The student's test accuracy after the last epoch, in per cent."""
+def one(direction: str, method: str, seed: int, root: str, out: Path) -> Row:
+    """What the student reached after the last epoch, and the digests of what holds that."""
     slug = method.replace(",", "").replace(" ", "-").replace("=", "")
-    run = out / direction / f"{slug}-{seed}"
-    known = (run / "result.json").exists()
-    result = train(recipe(direction, method, seed, root, out), run)
-    if not known:
-        with (out / "results.jsonl").open("a") as file:
-            row = {"direction": direction, "method": method, "seed": seed, "top1": result.top1}
-            file.write(json.dumps(row) + "\n")
-    return 100 * result.top1
+    where = direction if _taught(method) else f"{direction.rpartition('-')[2]}-alone"
+    run = Run(out / where / f"{slug}-{seed}")
+    result = run.finished() or train(recipe(direction, method, seed, root, out), run.path)
+    return {
+        "direction": direction, "method": method, "seed": seed, "top1": result.top1,
+        "sha256": hashlib.sha256(run.result.read_bytes()).hexdigest(),
+        "weights": hashlib.sha256(run.student.read_bytes()).hexdigest(),
+    }  # fmt: skip
 
 
-def table(direction: str, rows: dict[str, list[float]]) -> None:
-    """Print the gain of each method over the student alone, paired by seed."""
-    print(f"\n{direction}\n\n| method | top-1 | gain over alone, 95 % over seeds |\n|---|---|---|")
-    for method, values in rows.items():
-        line = f"| {method} | {statistics.mean(values):.1f} |"
-        if "alone" in rows and method != "alone":
-            gains = [a - b for a, b in zip(values, rows["alone"], strict=True)]
-            mean, half = interval(gains)
-            ends = "one seed" if half is None else f"{mean - half:+.1f} to {mean + half:+.1f}"
-            line += f" {mean:+.1f} ({ends}) |"
-        else:
-            line += " |"
-        print(line, flush=True)
+def kept(found: Iterable[Row]) -> list[Row]:
+    """These rows, and earlier ones of other runs, in the order of the table."""
+    rows = {(row["direction"], row["method"], row["seed"]): row for row in (*read(), *found)}
+    order = [*METHODS]
+    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], order.index(key[1]), key))]
+
+
+def read() -> list[Row]:
+    """The rows that are written down."""
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def gains(rows: Iterable[Row]) -> dict[tuple[str, str], list[float]]:
+    """Points over the student alone by direction and method, paired by seed."""
+    top1: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        top1.setdefault((row["direction"], row["method"]), {})[row["seed"]] = 100 * row["top1"]
+    return {
+        (direction, method): [
+            value - top1[direction, "alone"][seed] for seed, value in sorted(values.items())
+        ]
+        for (direction, method), values in top1.items()
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Gains over the student alone with their intervals, a method a line, in Markdown."""
+    found = gains(rows)
+    alone = {
+        direction: statistics.mean(
+            100 * row["top1"] for row in rows
+            if (row["direction"], row["method"]) == (direction, "alone")
+        )
+        for direction in DIRECTIONS
+    }  # fmt: skip
+    titles = (" to ".join(part.replace("cnn", "CNN").replace("vit", "ViT") for part in
+              direction.split("-to-")) for direction in DIRECTIONS)  # fmt: skip
+    lines = [
+        f"| method | {' | '.join(titles)} |",
+        "|---|---|---|---|---|",
+        f"| alone, top-1 | {' | '.join(f'{alone[one]:.1f} %' for one in DIRECTIONS)} |",
+    ]
+    for method in METHODS:
+        if method != "alone":
+            cells = (_cell(found.get((direction, method))) for direction in DIRECTIONS)
+            name = f"{method} +kd" if METHODS[method][:2] == [CE, KD] != METHODS[method] else method
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(points: Sequence[float] | None) -> str:
+    if not points:
+        return "–"
+    mean, half = interval(points)
+    ends = "one seed" if half is None else f"{mean - half:+.1f} to {mean + half:+.1f}"
+    return f"{mean:+.1f} ({ends})"
 
 
 if __name__ == "__main__":

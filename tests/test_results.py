@@ -20,6 +20,7 @@ import _document  # noqa: E402
 import _plan  # noqa: E402
 import _results  # noqa: E402
 import _sides  # noqa: E402
+import methods  # noqa: E402
 import proof  # noqa: E402
 
 TIERS = sorted(_plan.TIERS)
@@ -155,3 +156,26 @@ def test_a_class_never_shown_has_its_bar(taught: float, alone: float, reached: b
     }  # fmt: skip
     (bar,) = _bars.bars(found)
     assert (bar.measured, bar.reached) == (f"{taught:.1%} and 0.0%", reached)
+
+
+def test_the_page_of_methods_says_what_was_recorded() -> None:
+    page = methods.DOCUMENT.read_text(encoding="utf-8")
+    rows = methods.read()
+    assert methods.kept(rows) == rows  # in order, each once
+    assert _document.put(page, "methods", methods.table(rows)) == page
+    points = {
+        key: f"{sum(values) / len(values):+.1f}" for key, values in methods.gains(rows).items()
+    }
+    table = page.partition("## The table")[2].partition("\n## ")[0]
+    lines = [line.strip("|").split(" | ") for line in table.splitlines() if line[:3] == "| `"]
+    assert len(lines) >= 25
+    for name, *_, cost, cnn_cnn, cnn_vit, vit_vit, vit_cnn in lines:
+        term = name.strip(" `")
+        assert float(cost) > 0
+        method = {"ce": "smoothing 0.1", "kd": "kd, T = 2"}.get(term, term)
+        told = [cell.strip() for cell in (cnn_cnn, cnn_vit, vit_vit, vit_cnn)]
+        found = [
+            points.get((direction, method), "–")
+            for direction in ("cnn-to-cnn", "cnn-to-vit", "vit-to-vit", "vit-to-cnn")
+        ]
+        assert told == found, term
