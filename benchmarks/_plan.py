@@ -337,4 +337,79 @@ BIAS = (
         ),
     }
 )  # fmt: skip
-TIERS = {"cpu": CPU, "long": EXTENDED, "gpu": GPU, "bias": BIAS}
+
+
+def varied(row: str, name: str, *keys: str, base: str = DIGITS) -> dict[str, Run]:
+    """The quickstart's ViT from labels alone with other keys, for a row of coverage.md."""
+    words = " ".join(f"--set {shlex.quote(key)}" for key in keys)
+    return {name: Run(row, f"{base} {words}".rstrip())}
+
+
+def larger(row: str, name: str, size: int) -> dict[str, Run]:
+    """A trained ViT as the teacher at another size, which is measured before the first step."""
+    at = f"'teachers=[{{weights: {{out}}/{name}, input_size: {size}}}]'"
+    command = f"train recipes/quickstart.yaml --set {at} --set train.epochs=1"
+    words = f"{command} --set optimizer.warmup_epochs=0"
+    return {f"{name}-{size}px": Run(row, words, (name,))}
+
+
+def drawn_anew(seed: int) -> Run:
+    """The quickstart with other images, views, order and weights, of its teacher too."""
+    keys = " ".join(
+        f"--set {place}{key}={seed}"
+        for place in ("", "teachers.0.recipe.") for key in ("train.seed", "data.seed")
+    )  # fmt: skip
+    command = (
+        f"train recipes/quickstart.yaml --baseline {keys} --set teachers.0.name=teacher-{seed}"
+    )
+    return Run("32", command, (), "quickstart", seed)
+
+
+COVERAGE = (
+    {
+        "quickstart-teacher": Run("32", "train recipes/quickstart-teacher.yaml"),
+        "quickstart": Run(
+            "32", "train recipes/quickstart.yaml --baseline", ("quickstart-teacher",)
+        ),
+        **{f"quickstart-{seed}": drawn_anew(seed) for seed in range(1, 5)},
+        "evaluation": evaluated("1", "all", "quickstart"),
+        "label-free": Run(
+            "36", "train recipes/quickstart.yaml --set 'objective=[{term: kd, temperature: 4}]'",
+            ("quickstart-teacher",),
+        ),
+        "generations": Run(
+            "35", "train recipes/quickstart-teacher.yaml --set generations=3 "
+            "--set 'objective=[{term: ce, weight: 0.5}, {term: kd, weight: 0.5, temperature: 1}]'",
+        ),
+        "teachers": Run(
+            "49", "rank-teachers recipes/quickstart.yaml --teacher {out}/quickstart-teacher "
+            "--teacher {out}/quickstart --set data.val=0.2 --set data.fraction=1 "
+            "--set train.batch_size=50 --ensembles 2 --goal mobile",
+            ("quickstart-teacher", "quickstart"),
+        ),
+    }
+    | varied("15", "learned")
+    | varied("18", "sincos", "student.position=sincos")
+    | varied("27", "conv", "student.position=conv")
+    | {
+        name: run
+        for position in ("learned", "sincos", "conv") for size in (12, 16)
+        for name, run in larger("28", position, size).items()
+    }
+    | varied("2", "random-labels", "data.control=permuted-labels")
+    | varied("15", "cnn", "student={model: resnet8}")
+    | varied("15", "mlp", "student={model: mlp}")
+    | varied("11", "rows-gru", "student={model: row_gru}")
+    | {"networks": evaluated("12", "bias,cost", "learned", "cnn", "mlp", "rows-gru")}
+    | varied("20", "class-token", "student.pool=cls")
+    | varied("20", "distill-token", "student.pool=distill")
+    | varied("25", "pixels", base=PIXELS)
+    | varied("25", "windows-4", "student.attention=window", "student.window=4", base=PIXELS)
+    | varied("26", "stages", "student.depth=[2, 2]", "student.attention=window",
+             "student.window=2", "student.position=none")
+    | varied("72", "convnext", "student={model: convnext_atto}", "train.epochs=10")
+    | varied("77", "alternet", "student={model: alternet_18}", "train.epochs=3",
+             "optimizer.warmup_epochs=1")
+    | varied("84", "crate", "student.mixer=crate")
+)  # fmt: skip
+TIERS = {"cpu": CPU, "long": EXTENDED, "gpu": GPU, "bias": BIAS, "coverage": COVERAGE}

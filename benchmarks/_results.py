@@ -13,23 +13,24 @@ from typing import Any
 from _bars import bars
 from _document import put
 from _plan import TIERS, Run
-from _sides import gain, sides
+from _sides import gain, own_gain, sides
 
 HERE = Path(__file__).parents[1]
 DOCS = HERE / "docs"
 PAGES = dict.fromkeys(("cpu", "long", "gpu"), DOCS / "results.md") | {
-    "bias": DOCS / "conclusions.md"
-}
+    "bias": DOCS / "conclusions.md", "coverage": DOCS / "coverage.md",
+}  # fmt: skip
 KEPT = (  # of a result.json
     "top1", "val_top1", "nll", "ece", "epochs", "steps", "seconds", "images_per_second",
     "parameters", "flops", "memory",
 )  # fmt: skip
-OWN = ("gain", "gain_ci95")  # of one that has the student alone beside it
+OWN = ("gain", "gain_ci95", "baseline", "generations", "ensemble")  # where there is one
 MARKS = {  # what a command leaves behind when it is done
     "train": "result.json",
     "teacher-cache": "index.json",
     "temperature-sweep": "sweep.json",
     "sample-efficiency": "efficiency.json",
+    "rank-teachers": "ranking.json",
     "evaluate": "evaluation.json",
 }
 
@@ -90,7 +91,8 @@ def _kept(name: str, document: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a run's file."""
     if name == "result.json":
         own = {key: document[key] for key in OWN if document.get(key) is not None}
-        return {key: document.get(key) for key in KEPT} | own
+        told = {"teachers": [one["top1"] for one in document.get("teachers", [])]}
+        return {key: document.get(key) for key in KEPT} | own | told
     if name == "index.json":
         return {}
     if name == "evaluation.json":
@@ -178,9 +180,10 @@ def _trainings(found: Mapping[str, Any]) -> Iterator[str]:
             ahead, of = f"{mean:+.2f}", f"`{first['against']}`"
             ends = _ends(interval) if interval else "one seed"
         elif "gain" in first["found"]:
-            own = first["found"]
-            ahead, of = f"{100 * own['gain']:+.2f}", "itself alone"
-            ends = f"{_ends([100 * end for end in own['gain_ci95']])}, over images"
+            mean, interval = own_gain(runs)
+            ahead, of = f"{mean:+.2f}", "itself alone"
+            over_images = [100 * end for end in first["found"]["gain_ci95"]]
+            ends = _ends(interval) if interval else f"{_ends(over_images)}, over images"
         yield (
             f"| {first['experiment']} | `{condition}` | {len(runs)} | {values['top1']:.2%} "
             f"| {ahead} | {ends} | {of} | {values['nll']:.3f} | {values['ece']:.3f} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from _intervals import interval
@@ -22,6 +22,14 @@ def sides(found: Mapping[str, Any]) -> dict[str, dict[int, Mapping[str, Any]]]:
 def gain(one: Side, other: Side) -> tuple[float, tuple[float, float] | None]:
     """By how many points one side is ahead of the other, paired by seed, and its 95 % interval."""
     both = sorted(one.keys() & other.keys())
-    points = [100 * (one[seed]["found"]["top1"] - other[seed]["found"]["top1"]) for seed in both]
-    mean, half = interval(points)
+    return _over_seeds(one[seed]["found"]["top1"] - other[seed]["found"]["top1"] for seed in both)
+
+
+def own_gain(side: Side) -> tuple[float, tuple[float, float] | None]:
+    """By how many points runs are ahead of the student alone that each has beside it."""
+    return _over_seeds(run["found"]["gain"] for run in side.values())
+
+
+def _over_seeds(parts: Iterable[float]) -> tuple[float, tuple[float, float] | None]:
+    mean, half = interval([100 * part for part in parts])
     return mean, None if half is None else (mean - half, mean + half)

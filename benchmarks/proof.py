@@ -1,13 +1,15 @@
 """Does a teacher help, by how much, on real images: every run behind docs/results.md.
 
-    python benchmarks/proof.py --tier cpu|long|gpu|bias [--out DIR] [--minutes 60] [--only E0,E2b]
+    python benchmarks/proof.py --tier cpu|long|gpu|bias|coverage [--out DIR] [--minutes 60]
+        [--only E0,E2b]
 
 `_plan.py` has the runs: each is a command of ours on a ready recipe, and the images lie where the
 recipes say. Runs begin as soon as those that they need are done, `--jobs` beside each other, in the
 order of the plan. When `--minutes` are over, what is in work is stopped; the same command goes on
 from there, and nothing that is done is done again. `--quick` shows on a few images that all works;
 its figures mean nothing. In the end all results go to benchmarks/results/proof-TIER.json and from
-there into docs/results.md, those of `bias` into docs/conclusions.md.
+there into docs/results.md, those of `bias` into docs/conclusions.md, of `coverage` into
+docs/coverage.md.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ SCREEN = Console(stderr=True, highlight=False)
 GRACE = 60.0  # seconds that a run has to save itself
 # Tens of digits, hundreds of larger images.
 SHORT = ("train.epochs=2", "optimizer.warmup_epochs=0", "train.batch_size=20")
-PART = {"cpu": 0.01, "long": 0.01, "gpu": 0.01, "bias": 0.1}
+PART = {"cpu": 0.01, "long": 0.01, "gpu": 0.01, "bias": 0.1, "coverage": 0.1}
 
 
 def words(name: str, run: Run, out: Path, *, part: float | None) -> list[str]:

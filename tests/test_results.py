@@ -179,3 +179,23 @@ def test_the_page_of_methods_says_what_was_recorded() -> None:
             for direction in ("cnn-to-cnn", "cnn-to-vit", "vit-to-vit", "vit-to-cnn")
         ]
         assert told == found, term
+
+
+def test_the_quickstart_s_seeds_in_the_readme_are_the_recorded_ones() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    side = _sides.sides(recorded("coverage"))["quickstart"]
+    for seed, run in sorted(side.items()):
+        found = run["found"]
+        low, high = (100 * end for end in found["gain_ci95"])
+        row = (
+            f"| {seed} | {found['teachers'][0]:.2%} | {found['top1']:.2%} "
+            f"| {found['baseline']['top1']:.2%} | {100 * found['gain']:+.2f} "
+            f"| {low:+.2f} to {high:+.2f} |"
+        )
+        assert row in text
+    mean, ends = _sides.own_gain(side)
+    assert ends is not None
+    told = (
+        f"Mean gain {mean:+.2f} points, 95 % interval over seeds {ends[0]:+.2f} to {ends[1]:+.2f}."
+    )
+    assert told in text
