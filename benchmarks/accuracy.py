@@ -16,8 +16,8 @@ What their options leave different: mdistiller and RepDistiller have no Nesterov
 cosine, which they get as stages, epoch by epoch; timm has no crop with a border; torchdistill
 leaves the teacher in train mode. Each of these is measured: the side beside it has it otherwise.
 
-What stands in benchmarks/results/accuracy.jsonl is not run again. `--quick` shows on a few images
-that all works; its figures mean nothing.
+What stands in benchmarks/results/accuracy.jsonl is not run again, and goes into docs/results.md.
+`--quick` shows on a few images that all works; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from typing import Any
 import _setting
 import numpy as np
 import torch
+from _document import put
 from _intervals import interval
 from _meters import machine
 from _peers import PEERS
@@ -52,6 +53,7 @@ from distill.models.network import Network
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "accuracy.jsonl"
+DOCUMENT = HERE.parent / "docs" / "results.md"
 PAIR = ("resnet20", "resnet8")
 BATCH = 64
 FULL = {
@@ -281,11 +283,17 @@ def tables(rows: Sequence[Row]) -> str:
             f"| {name} | {len(runs)} | {top1:.2f}% | {'' if half is None else f'± {half:.2f}'} "
             f"| {ahead(runs, against)} {nll:.3f} | {agreement:.1%} | {seconds:.0f} |"
         )
-    lines += ["", "| | against | what differs | points | 95 % |", "|---|---|---|---:|---:|"]
+    lines += [
+        "",
+        "Sides between which nothing differs but the toolkit, or but the one thing that is named:",
+        "",
+        "| | against | what differs | points | 95 % |",
+        "|---|---|---|---:|---:|",
+    ]
     for one, other, what in ALIKE:
         if sides[one] and sides[other]:
             lines.append(f"| {one} | {other} | {what} | {ahead(sides[one], sides[other])}")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def read(options: argparse.Namespace) -> list[Row]:
@@ -322,7 +330,10 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
             print(f"{row['toolkit']}, seed {row['seed']}: {row['top1']:.2%}", file=sys.stderr)
     finally:
-        print(tables(rows))
+        print(tables(rows), end="")
+        if not options.quick:
+            page = DOCUMENT.read_text(encoding="utf-8")
+            DOCUMENT.write_text(put(page, "accuracy", tables(rows)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ import _document  # noqa: E402
 import _plan  # noqa: E402
 import _results  # noqa: E402
 import _sides  # noqa: E402
+import accuracy  # noqa: E402
 import methods  # noqa: E402
 import proof  # noqa: E402
 
@@ -199,3 +201,9 @@ def test_the_quickstart_s_seeds_in_the_readme_are_the_recorded_ones() -> None:
         f"Mean gain {mean:+.2f} points, 95 % interval over seeds {ends[0]:+.2f} to {ends[1]:+.2f}."
     )
     assert told in text
+
+
+def test_the_toolkits_beside_ours_are_the_recorded_ones() -> None:
+    page = accuracy.DOCUMENT.read_text(encoding="utf-8")
+    rows = accuracy.read(argparse.Namespace(results=accuracy.RESULTS, **accuracy.FULL))
+    assert _document.put(page, "accuracy", accuracy.tables(rows)) == page
