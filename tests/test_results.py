@@ -75,7 +75,7 @@ def means(tier: str) -> dict[str, tuple[str, float, str]]:
     return found
 
 
-@pytest.mark.parametrize("tier", ["cpu", "gpu"])
+@pytest.mark.parametrize("tier", ["cpu", "long", "gpu"])
 def test_the_heads_of_recipes_say_what_was_recorded(tier: str) -> None:
     sides = _sides.sides(recorded(tier))
     told = means(tier)
@@ -88,6 +88,11 @@ def test_the_heads_of_recipes_say_what_was_recorded(tier: str) -> None:
             points, ends = _sides.gain(sides[condition], sides[against])
             assert f"{points:+.2f}" in head, recipe
             assert ends is None or f"{ends[0]:+.2f} to {ends[1]:+.2f}" in head, recipe
+        own = next(iter(sides[condition].values()))["found"]
+        if "gain" in own:
+            low, high = (100 * end for end in own["gain_ci95"])
+            assert f"{100 * own['gain']:+.2f} points, {low:+.2f} to {high:+.2f}" in head, recipe
+            assert f"alone {100 * own['baseline']['top1']:.2f} %" in head, recipe
 
 
 def test_the_page_of_conclusions_says_what_was_recorded() -> None:
