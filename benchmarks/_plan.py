@@ -67,8 +67,8 @@ OMITTED = f"train {FASHION}/omitted.yaml"
 FEATURES, FEW_CNN = f"train {FASHION}/few-vit-features.yaml", f"train {FASHION}/few-cnn.yaml"
 TEACHER = f"train {FASHION}/teacher-cnn.yaml"
 # The teachers' runs lie beside that of the training.
-CACHE = "teacher-cache {} --views 16 --run {{out}}/strong-cached-{{seed}}".format
-CACHED = "--cache {out}/cache-{seed} --set cache.views="
+CACHE = "teacher-cache {} --views {} --run {{out}}/{}-{{seed}}".format
+CACHED = "--cache {{out}}/{}-{{seed}} --set cache.views={}".format
 
 SEEDS = 3
 LONG = "--set train.epochs=200"
@@ -90,10 +90,13 @@ CPU = (
     | seeds("E2a", "weak-kd", WEAK, SEEDS, needs=["teacher-cnn"])
     | seeds("E1b", "strong-alone", f"{STRONG} {ALONE}", SEEDS)
     | seeds("E2b", "strong-kd", STRONG, SEEDS, needs=["teacher-cnn"])
-    | seeds("E2c", "cache", CACHE(f"{FASHION}/few-vit-strong.yaml"), SEEDS, needs=["teacher-cnn"])
+    | seeds(
+        "E2c", "cache", CACHE(f"{FASHION}/few-vit-strong.yaml", 16, "strong-cached"), SEEDS,
+        needs=["teacher-cnn"],
+    )
     | seeds(
         "E2c", "strong-cached",
-        f"{STRONG} {CACHED}16", SEEDS,
+        f"{STRONG} {CACHED('cache', 16)}", SEEDS,
         needs=["teacher-cnn", "cache-{seed}"],
     )
     | seeds("E3", "weak-features", FEATURES, SEEDS, needs=["teacher-cnn"])
@@ -182,11 +185,11 @@ EXTENDED = (
     | seeds("E1a", "far-alone", f"{WEAK} {ALONE} {FAR}", SEEDS)
     | seeds(
         "E2a", "cache",
-        f"teacher-cache {FASHION}/few-vit-weak.yaml --views 64 --run {{out}}/far-kd-{{seed}}",
-        SEEDS, needs=["teacher-cnn"],
+        CACHE(f"{FASHION}/few-vit-weak.yaml", 64, "far-kd"), SEEDS, needs=["teacher-cnn"],
     )
     | seeds(
-        "E2a", "far-kd", f"{WEAK} {CACHED}64 {FAR}", SEEDS, needs=["teacher-cnn", "cache-{seed}"],
+        "E2a", "far-kd", f"{WEAK} {CACHED('cache', 64)} {FAR}", SEEDS,
+        needs=["teacher-cnn", "cache-{seed}"],
     )
     | {
         "teacher-few": Run(
@@ -196,14 +199,13 @@ EXTENDED = (
     }
     | seeds(
         "E6", "cache-few",
-        f"teacher-cache {FASHION}/few-vit-weak.yaml {taught('teacher-few')} --views 64 "
-        "--run {out}/far-same-{seed}", 1, needs=["teacher-few"],
+        CACHE(f"{FASHION}/few-vit-weak.yaml {taught('teacher-few')}", 64, "far-same"), 1,
+        needs=["teacher-few"],
     )
     | seeds(
         "E6", "far-same",
-        f"{WEAK} {taught('teacher-few')} --cache {{out}}/cache-few-{{seed}} "
-        f"--set cache.views=64 {FAR}", 1, needs=["teacher-few", "cache-few-{seed}"],
-        against="far-alone",
+        f"{WEAK} {taught('teacher-few')} {CACHED('cache-few', 64)} {FAR}", 1,
+        needs=["teacher-few", "cache-few-{seed}"], against="far-alone",
     )
     # All images, every direction.
     | {
@@ -230,10 +232,11 @@ GPU = (
     | seeds("E4", "cnn-alone", f"{RESNET} {ALONE}", 3)
     | seeds("E4", "cnn-kd", RESNET, 3, needs=["teacher-cnn"])
     | seeds(
-        "E2c", "cache", CACHE(f"{CIFAR}/cnn-to-vit.yaml"), 1, needs=["teacher-cnn"],
+        "E2c", "cache", CACHE(f"{CIFAR}/cnn-to-vit.yaml", 16, "strong-cached"), 1,
+        needs=["teacher-cnn"],
     )
     | seeds(
-        "E2c", "strong-cached", f"{VIT} {CACHED}16", 1,
+        "E2c", "strong-cached", f"{VIT} {CACHED('cache', 16)}", 1,
         needs=["teacher-cnn", "cache-{seed}"],
     )
     | seeds(
@@ -280,12 +283,16 @@ PIXELS = f"{DIGITS} --set student.patch_size=1"
 STILL, PERMUTED = "--set data.augment=[]", "--set data.control=permuted-pixels"
 
 
+def changed(command: str, *keys: str) -> str:
+    """The command with other keys of its recipe."""
+    return " ".join([command, *(f"--set {shlex.quote(key)}" for key in keys)])
+
+
 def biased(
     question: str, name: str, *keys: str, base: str = DIGITS, than: str = ""
 ) -> dict[str, Run]:
     """The quickstart's ViT, or another network in its place, with other biases."""
-    words = " ".join(f"--set {shlex.quote(key)}" for key in keys)
-    return seeds(question, name, f"{base} {words}".rstrip(), 5, against=than or "plain")
+    return seeds(question, name, changed(base, *keys), 5, against=than or "plain")
 
 
 BIAS = (
@@ -341,8 +348,7 @@ BIAS = (
 
 def varied(row: str, name: str, *keys: str, base: str = DIGITS) -> dict[str, Run]:
     """The quickstart's ViT from labels alone with other keys, for a row of coverage.md."""
-    words = " ".join(f"--set {shlex.quote(key)}" for key in keys)
-    return {name: Run(row, f"{base} {words}".rstrip())}
+    return {name: Run(row, changed(base, *keys))}
 
 
 def larger(row: str, name: str, size: int) -> dict[str, Run]:
